@@ -1,0 +1,263 @@
+"""What the registers hold: the catalogue's records, their keys, and the names of pieces.
+
+Pure data. A register's value is one of `VideoRecord` or `ChunkRecord`, packed by `pack` and
+bounded by `MAX_RECORD` bytes, so that a quorum read stays one small message. Times inside a
+video are integers in ticks of the video's `clock` (seconds = ticks * num / den), because a
+register must give a chunk's start exactly.
+
+Keys (CHUNKPAXOS, section 1):
+
+    video/<video id>                                    one per video
+    chunk/<video id>/<epoch>.<version>/<index, 8 digits>   one per chunk of one upload
+
+Zero-padded, so that the chunk table of an upload is one contiguous range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Literal, NamedTuple
+
+import msgspec
+
+MAX_RECORD = 4096
+"""Upper bound of a packed record, in bytes."""
+
+INIT_INDEX = 0xFFFF_FFFF
+"""The chunk index under which a video's init segment is stored as pieces."""
+
+NO_NODE = "0" * 32
+"""Written as the node of a generation when no keeper was involved: the pieces of an upload."""
+
+
+class UploadId(NamedTuple):
+    """Names one upload of a video for ever: (epoch, version of the register that opened it)."""
+
+    epoch: int
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.version}"
+
+
+class Generation(NamedTuple):
+    """Who wrote a piece, against which version of its register. Two keepers never share one."""
+
+    against: int
+    node: str
+    boot: int
+    counter: int
+
+
+UPLOADED = Generation(0, NO_NODE, 0, 0)
+"""The generation of pieces written by an upload: equal bytes under equal keys, so repeating is harmless."""
+
+_PIECE = struct.Struct(">32sIQIHQ16sII")
+
+
+class PieceKey(NamedTuple):
+    """The name of one stored piece. `pack` is 82 bytes and sorts by video, upload, chunk, piece."""
+
+    video: str
+    """64 hex digits."""
+    upload: UploadId
+    chunk: int
+    """Index of the chunk, or INIT_INDEX."""
+    piece: int
+    """Number of the fragment (0..m-1); 0 for a whole copy, whichever copy it is."""
+    generation: Generation = UPLOADED
+
+    def pack(self) -> bytes:
+        g = self.generation
+        return _PIECE.pack(
+            bytes.fromhex(self.video),
+            self.upload.epoch,
+            self.upload.version,
+            self.chunk,
+            self.piece,
+            g.against,
+            bytes.fromhex(g.node),
+            g.boot,
+            g.counter,
+        )
+
+    @classmethod
+    def unpack(cls, raw: bytes | memoryview) -> PieceKey:
+        """Raises struct.error if `raw` is not exactly PIECE_KEY_BYTES long."""
+        video, epoch, version, chunk, piece, against, node, boot, counter = _PIECE.unpack(raw)
+        return cls(
+            video.hex(),
+            UploadId(epoch, version),
+            chunk,
+            piece,
+            Generation(against, node.hex(), boot, counter),
+        )
+
+
+PIECE_KEY_BYTES = _PIECE.size
+
+
+class Scheme(NamedTuple):
+    """Redundancy of one chunk: any `k` of `m` pieces give it back. Whole copies are k = 1."""
+
+    k: int
+    m: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.m} copies" if self.k == 1 else f"{self.k}-of-{self.m}"
+
+
+REPLICATED = Scheme(1, 3)
+ERASURE = Scheme(3, 5)
+
+Redundancy = Literal["auto", "replicated", "erasure"]
+
+
+class Place(NamedTuple):
+    """Where one piece lies: the node that acknowledged it durable, and the piece's SHA-256."""
+
+    node: str
+    piece: int
+    sha256: bytes
+
+
+class Track(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One stream of a video, as far as the catalogue speaks of it. Codec parameters are in the init segment."""
+
+    kind: str
+    """video, audio, subtitle, data or attachment."""
+    codec: str
+    time_base: tuple[int, int]
+    """Of the stored container (num, den), in which the stored timestamps count."""
+    source_time_base: tuple[int, int]
+    """Of the source (num, den)."""
+    offset: int = 0
+    """Ticks of `time_base` by which stored timestamps lie above the source's; `get` takes them back."""
+    language: str = ""
+    width: int = 0
+    height: int = 0
+    sample_rate: int = 0
+    channels: int = 0
+
+
+class Media(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the chunks of a video fit together."""
+
+    container: Literal["mp4", "matroska", "mpegts", "opaque"]
+    source_format: str
+    """FFmpeg's name of the demuxer that read the source; what `get` writes by default follows from it."""
+    clock: tuple[int, int]
+    """Ticks of chunk times (num, den): the time base of the track that the cuts follow. (1, 1) if opaque."""
+    duration: int
+    """Ticks of `clock`."""
+    tracks: tuple[Track, ...] = ()
+    lost: tuple[str, ...] = ()
+    """What the stored form does not keep of the source, in words, as the uploader was told."""
+
+
+class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
+    """What never changes about a chunk: one row of a video's chunk table."""
+
+    index: int
+    start: int
+    """Ticks of the media's clock."""
+    duration: int
+    """Ticks of the media's clock."""
+    size: int
+    """Bytes."""
+    sha256: bytes
+    dependent: bool = False
+    """True if the chunk does not begin on a keyframe: decoding begins at an earlier chunk."""
+
+
+class ChunkRecord(msgspec.Struct, frozen=True, array_like=True):
+    """Value of a chunk's register: the table row, and where the pieces lie now."""
+
+    entry: ChunkEntry
+    scheme: Scheme
+    generation: Generation
+    places: tuple[Place, ...]
+
+
+class InitPiece(msgspec.Struct, frozen=True, array_like=True):
+    """Where the whole copies of a video's init segment lie."""
+
+    size: int
+    sha256: bytes
+    places: tuple[Place, ...]
+
+
+VideoState = Literal["uploading", "ready", "aborted", "deleted", "purging"]
+
+
+class VideoRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Value of a video's register.
+
+    `upload` is (0, 0) in the value that opens an upload, because the version which names the
+    upload is only made by that change; readers use `upload_id`, which knows.
+    """
+
+    state: VideoState
+    title: str
+    redundancy: Redundancy
+    recipe: str
+    """Chunker version and cut parameters: two clients share an upload only if this is equal."""
+    source_size: int
+    upload: UploadId = UploadId(0, 0)
+    media: Media | None = None
+    init: InitPiece | None = None
+    chunks: int = 0
+    bytes: int = 0
+    """Sum of the chunks' sizes."""
+    table: bytes = b""
+    """SHA-256 of the packed chunk table (`table_hash`)."""
+
+
+def upload_id(record: VideoRecord, epoch: int, version: int) -> UploadId:
+    """The upload that `record` is about, where `version` is the register's and `epoch` the one it was decided in."""
+    return record.upload if record.upload != (0, 0) else UploadId(epoch, version)
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_video = msgspec.msgpack.Decoder(VideoRecord).decode
+_decode_chunk = msgspec.msgpack.Decoder(ChunkRecord).decode
+
+
+def pack(record: VideoRecord | ChunkRecord) -> bytes:
+    """Raises ValueError if the packed record is larger than MAX_RECORD."""
+    raw = _encode(record)
+    if len(raw) > MAX_RECORD:
+        raise ValueError(f"a {type(record).__name__} of {len(raw)} bytes is over the bound of {MAX_RECORD}")
+    return raw
+
+
+def unpack_video(raw: bytes) -> VideoRecord:
+    """Raises msgspec.DecodeError."""
+    return _decode_video(raw)
+
+
+def unpack_chunk(raw: bytes) -> ChunkRecord:
+    """Raises msgspec.DecodeError."""
+    return _decode_chunk(raw)
+
+
+def video_key(video: str) -> str:
+    return f"video/{video}"
+
+
+def chunk_prefix(video: str, upload: UploadId) -> str:
+    return f"chunk/{video}/{upload}/"
+
+
+def chunk_key(video: str, upload: UploadId, index: int) -> str:
+    return f"chunk/{video}/{upload}/{index:08d}"
+
+
+def table_hash(entries: list[ChunkEntry]) -> bytes:
+    """SHA-256 over the packed rows, in order."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(_encode(entry))
+    return digest.digest()
