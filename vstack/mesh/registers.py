@@ -209,7 +209,7 @@ class VideoRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     media: Media | None = None
     init: InitPiece | None = None
     chunks: int = 0
-    bytes: int = 0
+    size: int = 0
     """Sum of the chunks' sizes."""
     table: bytes = b""
     """SHA-256 of the packed chunk table (`table_hash`)."""
