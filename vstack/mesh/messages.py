@@ -1,0 +1,412 @@
+"""Every message on the wire, in one place.
+
+A message is one ZeroMQ multipart: `[correlation id, 8 bytes][header: msgpack][payload...]`.
+The header is a `Header`: the time that the request may still take, or the server's load in a
+reply, and one tagged struct of `Body`. Payloads travel as raw parts, never inside msgpack.
+
+Paxos items (CHUNKPAXOS, section 2) travel in an `Envelope`, up to ENVELOPE_ITEMS of them or
+ENVELOPE_BYTES, each independent of the others. A reply echoes its request's ballot or token.
+
+Decoding is strict: unknown tags, wrong types, and values over their bound raise
+`msgspec.DecodeError` (`ValidationError` is one), and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from vstack.mesh.config import Config
+from vstack.mesh.registers import MAX_RECORD
+
+PROTOCOL_VERSION = 1
+ENVELOPE_ITEMS = 256
+ENVELOPE_BYTES = 256 * 1024
+MAX_CONTROL = 1 << 20
+"""Bytes of one part on the control lane."""
+MAX_PIECE = 8 << 20
+"""Bytes of one piece: a whole copy of the largest chunk."""
+MAX_DATA = 9 << 20
+"""Bytes of one part on the data lane."""
+MAX_SUBMIT = 512
+"""Operations in one request."""
+MAX_SCAN = 1000
+"""Registers in one page of a range."""
+
+Key = Annotated[str, Meta(min_length=3, max_length=200, pattern=r"^(video|chunk|views|config)/")]
+Node = Annotated[str, Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]{32}$")]
+U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Data = Annotated[bytes, Meta(max_length=MAX_RECORD)]
+Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Text = Annotated[str, Meta(max_length=1000)]
+OpId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class Ballot(NamedTuple):
+    """Compared lexicographically. The owner is (node, boot): unique per process incarnation."""
+
+    epoch: int
+    round: int
+    node: str
+    boot: int
+
+
+ZERO = Ballot(0, 0, "", 0)
+
+
+class Applied(NamedTuple):
+    """One change that a value remembers, so that a repeated operation applies once."""
+
+    op: bytes
+    replaced: int
+    """The version that this change replaced."""
+
+
+class Value(msgspec.Struct, frozen=True, array_like=True):
+    """What a register holds. `data` is None for a tombstone, and at version 0 (absent)."""
+
+    version: U64 = 0
+    data: Data | None = None
+    ops: Annotated[tuple[Applied, ...], Meta(max_length=16)] = ()
+    """The last changes, oldest first; at most 16."""
+
+
+ABSENT = Value()
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    """An acceptor's durable state of one register. No record means (ZERO, ZERO, ABSENT)."""
+
+    promised: Ballot = ZERO
+    accepted: Ballot = ZERO
+    value: Value = ABSENT
+
+
+EMPTY = Record()
+
+
+class Item(msgspec.Struct, frozen=True, array_like=True):
+    """Base of what travels in envelopes."""
+
+    key: Key
+
+
+class Prepare(Item, frozen=True, tag=1):
+    ballot: Ballot
+
+
+class Promise(Item, frozen=True, tag=2):
+    ballot: Ballot
+    accepted: Ballot
+    value: Value
+
+
+class Accept(Item, frozen=True, tag=3):
+    ballot: Ballot
+    value: Value
+    fresh: bool = False
+
+
+class Accepted(Item, frozen=True, tag=4):
+    ballot: Ballot
+
+
+class Read(Item, frozen=True, tag=5):
+    epoch: U64
+    token: U64
+
+
+class ReadReply(Item, frozen=True, tag=6):
+    token: U64
+    epoch: U64
+    accepted: Ballot
+    value: Value
+
+
+class Nack(Item, frozen=True, tag=7):
+    """A refusal always names what beat it: the ballot `seen` and the acceptor's epoch."""
+
+    ballot: Ballot
+    seen: Ballot
+    epoch: U64
+
+
+Request = Prepare | Accept | Read
+Reply = Promise | Accepted | ReadReply | Nack
+AnyItem = Prepare | Promise | Accept | Accepted | Read | ReadReply | Nack
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    items: Annotated[tuple[AnyItem, ...], Meta(max_length=ENVELOPE_ITEMS)]
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """The first message of every connection, and its answer."""
+
+    version: U64
+    mesh: Annotated[str, Meta(max_length=32)]
+    """Mesh id; empty while there is none."""
+    role: Annotated[str, Meta(pattern="^(node|client)$")]
+    node: Annotated[str, Meta(max_length=32)] = ""
+    boot: U64 = 0
+    epoch: U64 = 0
+    peers: Annotated[bytes, Meta(max_length=32)] = b""
+    """Hash of the list of peers that a forming node was started with."""
+    zone: Annotated[str, Meta(max_length=64)] = ""
+    weight: Annotated[int, Meta(ge=0, le=1 << 20)] = 1
+
+
+class HelloRequired(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Who are you? Sent for a message from a connection that has not said hello."""
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """A request was refused. `code` is one of FAILURES; `text` is one line for a person."""
+
+    code: Annotated[str, Meta(max_length=32)]
+    text: Text
+
+
+FAILURES = ("busy", "forming", "wrong-mesh", "refused", "not-found", "full", "io", "damaged", "late")
+
+
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    epoch: U64
+
+
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    epoch: U64
+
+
+class GetConfig(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """Asks for the decided chain from `after` on."""
+
+    after: U64 = 0
+
+
+class Chain(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """Decided configurations, oldest first."""
+
+    mesh: Annotated[str, Meta(max_length=32)]
+    configs: tuple[Config, ...]
+
+
+class Op(msgspec.Struct, frozen=True, array_like=True):
+    """One operation on one register, as a client sends it. `expect` None means: read.
+
+    `id` stays the same over all retries through any node; that is what makes them harmless.
+    """
+
+    id: OpId
+    key: Key
+    born: U64
+    """The client's epoch when it first sent the operation."""
+    expect: U64 | None = None
+    data: Data | None = None
+
+
+class Ok(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """The change was applied and chosen. `epoch` is the one that it was decided in."""
+
+    version: U64
+    epoch: U64
+
+
+class Mismatch(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """The change was not applied: the register holds something else."""
+
+    version: U64
+    data: Data | None
+    epoch: U64
+
+
+class Unknown(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """It may or may not have happened, and may still happen."""
+
+    reason: Text
+
+
+class Found(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """What a read returned: a chosen value, its version, and the epoch of the ballot that carries it."""
+
+    version: U64
+    data: Data | None
+    epoch: U64
+
+
+Outcome = Ok | Mismatch | Unknown | Found
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    ops: Annotated[tuple[Op, ...], Meta(max_length=MAX_SUBMIT)]
+
+
+class Outcomes(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """One outcome per operation, in order."""
+
+    outcomes: tuple[Outcome, ...]
+
+
+class Scan(msgspec.Struct, frozen=True, array_like=True, tag=11):
+    """Asks one acceptor for a page of its records below `prefix`, after `after`."""
+
+    prefix: Key
+    after: Annotated[str, Meta(max_length=200)]
+    limit: Annotated[int, Meta(ge=1, le=MAX_SCAN)]
+    epoch: U64
+
+
+class ScanRow(NamedTuple):
+    key: str
+    accepted: Ballot
+    value: Value
+
+
+class ScanReply(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    rows: tuple[ScanRow, ...]
+    more: bool
+    epoch: U64
+
+
+class List(msgspec.Struct, frozen=True, array_like=True, tag=13):
+    """Asks a node for a page of registers as a quorum has them."""
+
+    prefix: Key
+    after: Annotated[str, Meta(max_length=200)] = ""
+    limit: Annotated[int, Meta(ge=1, le=MAX_SCAN)] = MAX_SCAN
+
+
+class Row(NamedTuple):
+    key: str
+    version: int
+    epoch: int
+    data: bytes
+
+
+class Listing(msgspec.Struct, frozen=True, array_like=True, tag=14):
+    """Registers with data, in order of key. `silent` names the nodes that did not answer;
+    if `complete` is false, registers may be missing because of them."""
+
+    rows: tuple[Row, ...]
+    after: str
+    """Where the next page starts; empty at the end."""
+    complete: bool
+    silent: tuple[str, ...]
+
+
+class WirePieceKey(NamedTuple):
+    """`PieceKey` with its bounds, as it travels."""
+
+    video: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    upload: tuple[Annotated[int, Meta(ge=0, lt=1 << 32)], U64]
+    chunk: Annotated[int, Meta(ge=0, lt=1 << 32)]
+    piece: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    generation: tuple[U64, Node, Annotated[int, Meta(ge=0, lt=1 << 32)], Annotated[int, Meta(ge=0, lt=1 << 32)]]
+
+
+class PutPiece(msgspec.Struct, frozen=True, array_like=True, tag=15):
+    """Store the payload part under `key`. Answered by `Stored` once it is on disk."""
+
+    key: WirePieceKey
+    k: Annotated[int, Meta(ge=1, le=255)]
+    m: Annotated[int, Meta(ge=1, le=255)]
+    chunk_length: Annotated[int, Meta(ge=0, le=1 << 32)]
+    sha256: Hash
+
+
+class Stored(msgspec.Struct, frozen=True, array_like=True, tag=16):
+    present: bool
+    """It was there already, byte for byte."""
+
+
+class GetPiece(msgspec.Struct, frozen=True, array_like=True, tag=17):
+    key: WirePieceKey
+    offset: Annotated[int, Meta(ge=0, le=MAX_PIECE)]
+    length: Annotated[int, Meta(ge=0, le=MAX_PIECE)]
+
+
+class PieceData(msgspec.Struct, frozen=True, array_like=True, tag=18):
+    """Answer to `GetPiece`; the bytes are the payload part."""
+
+    total: U64
+    """Length of the whole piece."""
+    crc32: U64
+    """zlib's CRC-32 of the payload part."""
+
+
+class GetStatus(msgspec.Struct, frozen=True, array_like=True, tag=19):
+    pass
+
+
+class PeerStatus(msgspec.Struct, frozen=True):
+    node: str
+    address: str
+    state: str
+    """up, suspect or down, as the answering node sees it."""
+    rtt_ms: float | None = None
+
+
+class Status(msgspec.Struct, frozen=True, array_like=True, tag=20):
+    """What a node says of itself. Counters count from its start."""
+
+    node: str
+    mesh: str
+    epoch: int
+    boot: int
+    address: str
+    version: str
+    uptime_s: float
+    peers: tuple[PeerStatus, ...]
+    counters: dict[str, int]
+    store: dict[str, float]
+    disk_free: int
+    disk_total: int
+
+
+Body = (
+    Envelope
+    | Hello
+    | HelloRequired
+    | Failure
+    | Ping
+    | Pong
+    | GetConfig
+    | Chain
+    | Submit
+    | Outcomes
+    | Scan
+    | ScanReply
+    | List
+    | Listing
+    | PutPiece
+    | Stored
+    | GetPiece
+    | PieceData
+    | GetStatus
+    | Status
+)
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True):
+    body: Body
+    budget_ms: Annotated[int, Meta(ge=0, le=600_000)] = 0
+    """In a request: how long it may still take; after that the server drops it."""
+    queued: U64 = 0
+    """In a reply: bytes that wait at the server for the same lane."""
+    rate: U64 = 0
+    """In a reply: bytes a second that the server has lately served on this lane; 0 unknown."""
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Header).decode
+
+
+def encode(header: Header) -> bytes:
+    return _encode(header)
+
+
+def decode(raw: bytes | memoryview) -> Header:
+    """Raises msgspec.DecodeError for anything that is not exactly one valid header."""
+    return _decode(raw)
