@@ -35,8 +35,17 @@ MAX_SUBMIT = 512
 MAX_SCAN = 1000
 """Registers in one page of a range."""
 
-Key = Annotated[str, Meta(min_length=3, max_length=200, pattern=r"^(video|chunk|views|config)/")]
+Key = Annotated[
+    str,
+    Meta(
+        max_length=200,
+        pattern=r"^(video/[0-9a-f]{64}|chunk/[0-9a-f]{64}/[0-9]{1,10}\.[0-9]{1,19}/[0-9]{8}"
+        r"|views/[0-9a-f]{64}/[0-9]{1,10}|config/[0-9]{1,10})$",
+    ),
+]
+Prefix = Annotated[str, Meta(max_length=200, pattern=r"^(video|chunk|views)/[0-9a-f./]*$")]
 Node = Annotated[str, Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]{32}$")]
+U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Data = Annotated[bytes, Meta(max_length=MAX_RECORD)]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -208,10 +217,9 @@ class Op(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ok(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """The change was applied and chosen. `epoch` is the one that it was decided in."""
+    """The change was applied and chosen. `version` is the one it produced."""
 
     version: U64
-    epoch: U64
 
 
 class Mismatch(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -219,7 +227,6 @@ class Mismatch(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
     version: U64
     data: Data | None
-    epoch: U64
 
 
 class Unknown(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -229,11 +236,10 @@ class Unknown(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class Found(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """What a read returned: a chosen value, its version, and the epoch of the ballot that carries it."""
+    """What a read returned: a chosen value and its version. `data` is None if absent or deleted."""
 
     version: U64
     data: Data | None
-    epoch: U64
 
 
 Outcome = Ok | Mismatch | Unknown | Found
@@ -252,7 +258,7 @@ class Outcomes(msgspec.Struct, frozen=True, array_like=True, tag=10):
 class Scan(msgspec.Struct, frozen=True, array_like=True, tag=11):
     """Asks one acceptor for a page of its records below `prefix`, after `after`."""
 
-    prefix: Key
+    prefix: Prefix
     after: Annotated[str, Meta(max_length=200)]
     limit: Annotated[int, Meta(ge=1, le=MAX_SCAN)]
     epoch: U64
@@ -273,7 +279,7 @@ class ScanReply(msgspec.Struct, frozen=True, array_like=True, tag=12):
 class List(msgspec.Struct, frozen=True, array_like=True, tag=13):
     """Asks a node for a page of registers as a quorum has them."""
 
-    prefix: Key
+    prefix: Prefix
     after: Annotated[str, Meta(max_length=200)] = ""
     limit: Annotated[int, Meta(ge=1, le=MAX_SCAN)] = MAX_SCAN
 
@@ -281,7 +287,6 @@ class List(msgspec.Struct, frozen=True, array_like=True, tag=13):
 class Row(NamedTuple):
     key: str
     version: int
-    epoch: int
     data: bytes
 
 
@@ -300,10 +305,12 @@ class WirePieceKey(NamedTuple):
     """`PieceKey` with its bounds, as it travels."""
 
     video: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-    upload: tuple[Annotated[int, Meta(ge=0, lt=1 << 32)], U64]
+    upload: tuple[U32, U64]
     chunk: Annotated[int, Meta(ge=0, lt=1 << 32)]
     piece: Annotated[int, Meta(ge=0, lt=1 << 16)]
-    generation: tuple[U64, Node, Annotated[int, Meta(ge=0, lt=1 << 32)], Annotated[int, Meta(ge=0, lt=1 << 32)]]
+    generation: tuple[
+        U64, Node, Annotated[int, Meta(ge=0, lt=1 << 32)], Annotated[int, Meta(ge=0, lt=1 << 32)]
+    ]
 
 
 class PutPiece(msgspec.Struct, frozen=True, array_like=True, tag=15):

@@ -124,7 +124,7 @@ class Place(NamedTuple):
 
 
 class Track(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One stream of a video, as far as the catalogue speaks of it. Codec parameters are in the init segment."""
+    """One stream of a video, as far as the catalogue speaks of it. Its codec's parameters are in the init."""
 
     kind: str
     """video, audio, subtitle, data or attachment."""
@@ -215,9 +215,13 @@ class VideoRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """SHA-256 of the packed chunk table (`table_hash`)."""
 
 
-def upload_id(record: VideoRecord, epoch: int, version: int) -> UploadId:
-    """The upload that `record` is about, where `version` is the register's and `epoch` the one it was decided in."""
-    return record.upload if record.upload != (0, 0) else UploadId(epoch, version)
+EPOCH_SHIFT = 20
+"""A register's version is at least `epoch << EPOCH_SHIFT` of the epoch that produced it."""
+
+
+def upload_id(record: VideoRecord, version: int) -> UploadId:
+    """The upload that `record` is about, where `version` is that of its register."""
+    return record.upload if record.upload != (0, 0) else UploadId(version >> EPOCH_SHIFT, version)
 
 
 _encode = msgspec.msgpack.Encoder().encode

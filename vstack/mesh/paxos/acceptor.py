@@ -1,0 +1,128 @@
+"""One node's votes (CHUNKPAXOS, section 3).
+
+The acceptor decides, for each message about a register, whether to promise, to accept, or to
+refuse, and what its record becomes. It touches no disk: changed records gather in `dirty`, and
+the caller commits them before any reply of the same batch leaves, reads included, because a
+value that was seen and then lost is a lost write.
+
+Invariants: promised and accepted never go down (I1); accepted <= promised (I2); no record for a
+key outside the groups of base..epoch (I7); a fresh accept only on an absent record, at round 0,
+by the key's implicit leader, in the key's own epoch (I8).
+
+It never answers for a record that it cannot read: a damaged record is unavailable, which is
+neither absent nor a refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vstack.errors import DamagedData
+from vstack.mesh.config import CONFIG_KEY, NodeId, View, key_epoch
+from vstack.mesh.messages import (
+    EMPTY,
+    Accept,
+    Accepted,
+    Ballot,
+    Nack,
+    Prepare,
+    Promise,
+    Read,
+    ReadReply,
+    Record,
+    Reply,
+    Request,
+)
+
+Lookup = Callable[[str], Record | None]
+"""What is on disk for a key; None if absent. Raises DamagedData if it cannot be read."""
+
+
+class Acceptor:
+    """Pure: the caller makes `dirty` durable before it sends a reply."""
+
+    def __init__(self, me: NodeId, view: View, lookup: Lookup) -> None:
+        self.me = me
+        self.view = view
+        self._lookup = lookup
+        self.dirty: dict[str, Record] = {}
+        """Records changed since the last commit. The caller empties it with `committed`."""
+        self.epoch_wanted = 0
+        """The highest epoch heard of that `view` does not hold; the caller fetches the chain."""
+        self.damaged = 0
+        """Requests that met a damaged record and got no answer."""
+
+    def record(self, key: str) -> Record:
+        """The current record, committed or not; EMPTY if absent. Raises DamagedData."""
+        found = self.dirty.get(key)
+        if found is None:
+            found = self._lookup(key)
+        return EMPTY if found is None else found
+
+    def committed(self) -> None:
+        """The caller has made everything in `dirty` durable."""
+        self.dirty.clear()
+
+    def receive(self, m: Request) -> Reply | None:
+        """The reply, to be sent after the next commit; None if the message gets none."""
+        try:
+            if not m.key.startswith(CONFIG_KEY):
+                epoch = m.epoch if isinstance(m, Read) else m.ballot.epoch
+                if epoch > self.view.epoch:
+                    self.epoch_wanted = max(self.epoch_wanted, epoch)
+                    return None
+                if not self.view.serves(self.me, m.key):
+                    return None
+                if epoch < max(key_epoch(m.key), self.view.epoch) and not isinstance(m, Read):
+                    return self._nack(m.key, m.ballot, self.record(m.key))
+            if isinstance(m, Prepare):
+                return self.on_prepare(m)
+            if isinstance(m, Accept):
+                return self.on_accept(m)
+            return self.on_read(m)
+        except DamagedData:
+            self.damaged += 1
+            return None
+
+    def on_prepare(self, m: Prepare) -> Reply:
+        record = self.record(m.key)
+        floor = max(record.promised, record.accepted)
+        if m.ballot == record.promised > record.accepted:  # a duplicate must not end its own attempt
+            return Promise(m.key, m.ballot, record.accepted, record.value)
+        if m.ballot <= floor or m.ballot.round == 0:
+            return self._nack(m.key, m.ballot, record)
+        self._write(m.key, record, Record(m.ballot, record.accepted, record.value))
+        return Promise(m.key, m.ballot, record.accepted, record.value)
+
+    def on_accept(self, m: Accept) -> Reply:
+        record = self.record(m.key)
+        same = m.ballot == record.accepted
+        if m.fresh != (m.ballot.round == 0) or (m.fresh and not self._may_create(m)):
+            return self._nack(m.key, m.ballot, record)
+        if m.fresh and record != EMPTY and not (same and m.value == record.value):
+            return self._nack(m.key, m.ballot, record)
+        if same:  # a retransmission, or somebody used one ballot twice
+            return (
+                Accepted(m.key, m.ballot) if m.value == record.value else self._nack(m.key, m.ballot, record)
+            )
+        if m.ballot < max(record.promised, record.accepted):
+            return self._nack(m.key, m.ballot, record)
+        self._write(m.key, record, Record(m.ballot, m.ballot, m.value))
+        return Accepted(m.key, m.ballot)
+
+    def on_read(self, m: Read) -> Reply:
+        """The reply names this node's epoch: a reader of an older one learns of it and starts again."""
+        record = self.record(m.key)
+        return ReadReply(m.key, m.token, self.view.epoch, record.accepted, record.value)
+
+    def _may_create(self, m: Accept) -> bool:
+        return m.ballot.epoch == key_epoch(m.key) and m.ballot.node == self.view.leader(m.key)
+
+    def _nack(self, key: str, ballot: Ballot, record: Record) -> Nack:
+        return Nack(key, ballot, max(record.promised, record.accepted), self.view.epoch)
+
+    def _write(self, key: str, old: Record, new: Record) -> None:
+        assert new.promised >= old.promised, "I1: a promise never goes down"
+        assert new.accepted >= old.accepted, "I1: what is accepted never goes down"
+        assert new.accepted <= new.promised, "I2"
+        self.dirty[key] = new

@@ -1,0 +1,416 @@
+"""One node's attempts to read and change registers (CHUNKPAXOS, section 4).
+
+Operations on a key wait in a queue; one attempt per key is in flight, and it carries all
+operations that waited when it began. An attempt lives and dies in one epoch, and its ballot is
+never used for two values (I3): rounds come from one counter of this process, and the ballot's
+owner names the process's boot.
+
+Three ways through:
+
+  fast create   the implicit leader of a chunk, on an absent record of its own, in the key's own
+                epoch: accept on the own disk, then Accept(fresh) to the rest. One round trip.
+  quorum read   only reads wait: Read to the group; a majority with one ballot is the answer.
+  full way      Prepare to the groups of all live eras, then Accept to the newest.
+
+Nothing here is durable. The caller commits the acceptor's `dirty` before anything in `outbox`
+or `done` leaves; that is also what puts a fast create on the own disk first.
+
+An operation is never reported as failed when it may have happened: that outcome is Unknown.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import count
+from random import Random
+
+from vstack.errors import DamagedData
+from vstack.mesh.config import NodeId, View, key_epoch
+from vstack.mesh.messages import (
+    ABSENT,
+    EMPTY,
+    Accept,
+    Accepted,
+    Ballot,
+    Found,
+    Nack,
+    Op,
+    Outcome,
+    Prepare,
+    Promise,
+    Read,
+    ReadReply,
+    Reply,
+    Request,
+    Unknown,
+    Value,
+)
+from vstack.mesh.paxos.acceptor import Acceptor
+from vstack.mesh.paxos.change import apply
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds. None of these carries safety."""
+
+    resend: float = 0.3
+    """Silence after which an Accept is sent again, a Prepare given up, a read taken the full way."""
+    resends: int = 3
+    """How often an Accept is sent again before the attempt ends."""
+    backoff: float = 1.0
+    """Upper bound of the jittered pause after a lost duel."""
+
+
+class Phase(Enum):
+    READ = "read"
+    PREPARE = "prepare"
+    ACCEPT = "accept"
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """One operation of a client, and when to stop trying."""
+
+    op: Op
+    tag: Hashable
+    deadline: float
+    done: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    key: str
+    ballot: Ballot
+    """In the READ phase only its epoch means anything."""
+    phase: Phase
+    waiting: list[Waiting]
+    began: float
+    fresh: bool = False
+    token: int = 0
+    promises: dict[NodeId, Promise] = field(default_factory=dict)
+    replies: dict[NodeId, ReadReply] = field(default_factory=dict)
+    accepted: set[NodeId] = field(default_factory=set)
+    refused: set[NodeId] = field(default_factory=set)
+    value: Value = ABSENT
+    outcomes: list[Outcome] = field(default_factory=list)
+    resent: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class KeyState:
+    queue: list[Waiting] = field(default_factory=list)
+    attempt: Attempt | None = None
+    lost: int = 0
+    """Attempts that ended without a decision, in a row."""
+    paused_until: float = 0.0
+    full_way: bool = False
+    """A fast create or a quorum read did not settle it: prepare next time."""
+
+
+class Proposer:
+    """Pure: `outbox` and `done` leave only after the acceptor's `dirty` is on disk."""
+
+    def __init__(
+        self, me: NodeId, boot: int, view: View, acceptor: Acceptor, rng: Random, timing: Timing | None = None
+    ) -> None:
+        self.me = me
+        self.boot = boot
+        self.view = view
+        self.acceptor = acceptor
+        self.timing = timing or Timing()
+        self.outbox: list[tuple[NodeId, Request]] = []
+        """Requests to other nodes. The caller empties it."""
+        self.done: list[tuple[Hashable, Outcome]] = []
+        """Outcomes by the tag given to `submit`. The caller empties it."""
+        self.counters = dict.fromkeys(
+            ("fast", "reads", "full", "chosen", "lost", "timeouts", "to_self", "unknown"), 0
+        )
+        self.in_flight = 0
+        """Operations that have no outcome yet."""
+        self._rng = rng
+        self._round = 0
+        self._tokens = count(1)
+        self._timer_order = count()
+        self._keys: dict[str, KeyState] = {}
+        self._timers: list[tuple[float, int, str, Attempt | None]] = []
+        self._local: list[tuple[Reply, float]] = []
+        self._draining = False
+        self._rtt = 0.005
+
+    def submit(self, op: Op, now: float, deadline: float, tag: Hashable) -> None:
+        """Takes one operation; its outcome appears in `done` under `tag` by `deadline` (both in seconds)."""
+        state = self._keys.setdefault(op.key, KeyState())
+        state.queue.append(Waiting(op, tag, deadline))
+        self.in_flight += 1
+        self._at(deadline, op.key, None)
+        if state.attempt is None and state.paused_until <= now:
+            self._start(op.key, state, now)
+
+    def receive(self, sender: NodeId, m: Reply, now: float) -> None:
+        """One reply of an acceptor. What does not match the current attempt is dropped (bug B6)."""
+        self._receive(sender, m, now)
+        self._drain()
+
+    def tick(self, now: float) -> None:
+        """Does everything that is due at `now`."""
+        while self._timers and self._timers[0][0] <= now:
+            _, _, key, attempt = heapq.heappop(self._timers)
+            state = self._keys.get(key)
+            if state is None:
+                continue
+            self._expire(state, now)
+            if attempt is not None and state.attempt is attempt:
+                self._on_silence(state, attempt, now)
+            elif state.attempt is None and state.queue and state.paused_until <= now:
+                self._start(key, state, now)
+            self._forget_if_idle(key, state)
+        self._drain()
+
+    def next_wake(self) -> float | None:
+        """When `tick` has something to do next."""
+        return self._timers[0][0] if self._timers else None
+
+    # -- attempts ---------------------------------------------------------------------------------
+
+    def _start(self, key: str, state: KeyState, now: float) -> None:
+        self._expire(state, now)
+        waiting, state.queue = state.queue, []
+        for w in [w for w in waiting if w.op.born < self.view.base and w.op.expect is not None]:
+            self._finish(
+                w, Unknown(f"the operation is older than epoch {self.view.base}, the oldest still open")
+            )
+        waiting = [w for w in waiting if not w.done]
+        if not waiting:
+            return
+        if key_epoch(key) > self.view.epoch:
+            self.acceptor.epoch_wanted = max(self.acceptor.epoch_wanted, key_epoch(key))
+            self._pause(key, state, waiting, now)
+            return
+        epoch = self.view.epoch
+        if not state.full_way and all(w.op.expect is None for w in waiting):
+            self.counters["reads"] += 1
+            ballot = Ballot(epoch, 0, self.me, self.boot)
+            attempt = Attempt(key, ballot, Phase.READ, waiting, now, token=next(self._tokens))
+            self._begin(state, attempt, now)
+            self._send(self.view.group(key), Read(key, epoch, attempt.token), now)
+        elif not state.full_way and self._may_create(key, waiting):
+            self.counters["fast"] += 1
+            ballot = Ballot(epoch, 0, self.me, self.boot)
+            attempt = Attempt(key, ballot, Phase.ACCEPT, waiting, now, fresh=True)
+            self._begin(state, attempt, now)
+            self._propose(attempt, ABSENT, now)
+        else:
+            self.counters["full"] += 1
+            self._round = max(self._round, self._own_round(key)) + 1
+            attempt = Attempt(
+                key, Ballot(epoch, self._round, self.me, self.boot), Phase.PREPARE, waiting, now
+            )
+            self._begin(state, attempt, now)
+            everyone = dict.fromkeys(node for era in self.view.eras(key) for node in era.group)
+            self._send(tuple(everyone), Prepare(key, attempt.ballot), now)
+        self._drain()
+
+    def _may_create(self, key: str, waiting: list[Waiting]) -> bool:
+        """The right to round 0: see *fast create* above. Asked of the own disk, so a restart remembers."""
+        if key_epoch(key) != self.view.epoch or self.view.leader(key) != self.me:
+            return False
+        if waiting[0].op.expect != 0 or waiting[0].op.data is None:
+            return False
+        try:
+            return self.acceptor.record(key) == EMPTY
+        except DamagedData:
+            return False
+
+    def _own_round(self, key: str) -> int:
+        try:
+            return self.acceptor.record(key).promised.round if self.view.serves(self.me, key) else 0
+        except DamagedData:
+            return 0
+
+    def _begin(self, state: KeyState, attempt: Attempt, now: float) -> None:
+        state.attempt = attempt
+        self._at(now + self.timing.resend, attempt.key, attempt)
+
+    def _propose(self, attempt: Attempt, base: Value, now: float) -> None:
+        """Phase 2: the value of this ballot is fixed here, once (I3)."""
+        assert attempt.phase is Phase.ACCEPT
+        value = base
+        for w in attempt.waiting:
+            value, outcome = apply(w.op, value, attempt.ballot.epoch)
+            attempt.outcomes.append(outcome)
+        attempt.value = value
+        self._send(
+            self.view.group(attempt.key), Accept(attempt.key, attempt.ballot, value, attempt.fresh), now
+        )
+
+    def _receive(self, sender: NodeId, m: Reply, now: float) -> None:
+        state = self._keys.get(m.key)
+        attempt = state.attempt if state else None
+        if state is None or attempt is None or attempt.ballot.epoch != self.view.epoch:
+            return
+        if isinstance(m, ReadReply):
+            if attempt.phase is Phase.READ and m.token == attempt.token:
+                self._on_read_reply(state, attempt, sender, m, now)
+        elif m.ballot != attempt.ballot or attempt.phase is Phase.READ:
+            return
+        elif isinstance(m, Promise):
+            if attempt.phase is Phase.PREPARE:
+                attempt.promises[sender] = m
+                self._on_promises(attempt, now)
+        elif isinstance(m, Accepted):
+            if attempt.phase is Phase.ACCEPT:
+                self._on_accepted(state, attempt, sender, now)
+        elif isinstance(m, Nack):
+            self._on_nack(state, attempt, sender, m, now)
+
+    def _on_promises(self, attempt: Attempt, now: float) -> None:
+        for era in self.view.eras(attempt.key):  # newest first
+            here = [attempt.promises[n] for n in era.group if n in attempt.promises]
+            if len(here) < era.majority:
+                return
+            if max(p.accepted.epoch for p in here) >= era.first:
+                break  # settled in this era: older ones have nothing newer
+        best = max(attempt.promises.values(), key=lambda p: p.accepted)
+        self._rtt += (now - attempt.began - self._rtt) / 8
+        attempt.phase = Phase.ACCEPT
+        self._propose(attempt, best.value, now)
+
+    def _on_accepted(self, state: KeyState, attempt: Attempt, sender: NodeId, now: float) -> None:
+        newest = self.view.eras(attempt.key)[0]
+        if sender not in newest.group:
+            return
+        attempt.accepted.add(sender)
+        if len(attempt.accepted) < newest.majority:
+            return
+        self.counters["chosen"] += 1
+        for w, outcome in zip(attempt.waiting, attempt.outcomes, strict=True):
+            self._finish(w, outcome)
+        self._end(state, attempt, now)
+
+    def _on_read_reply(
+        self, state: KeyState, attempt: Attempt, sender: NodeId, m: ReadReply, now: float
+    ) -> None:
+        if m.epoch > self.view.epoch:
+            self.acceptor.epoch_wanted = max(self.acceptor.epoch_wanted, m.epoch)
+            self._lose(state, attempt, now)
+            return
+        eras = self.view.eras(attempt.key)
+        if sender not in eras[0].group or m.epoch < self.view.epoch:
+            return
+        attempt.replies[sender] = m
+        same = [r for r in attempt.replies.values() if r.accepted == m.accepted]
+        if len(same) >= eras[0].majority and (len(eras) == 1 or m.accepted.epoch >= eras[0].first):
+            for w in attempt.waiting:
+                self._finish(w, Found(m.value.version, m.value.data))
+            self._end(state, attempt, now)
+        elif len(attempt.replies) == len(eras[0].group):
+            state.full_way = True  # a mixed quorum settles nothing: never the highest of it (bug B7)
+            self._retry(state, attempt, now)
+
+    def _on_nack(self, state: KeyState, attempt: Attempt, sender: NodeId, m: Nack, now: float) -> None:
+        self._round = max(self._round, m.seen.round)
+        if m.epoch > self.view.epoch:
+            self.acceptor.epoch_wanted = max(self.acceptor.epoch_wanted, m.epoch)
+        attempt.refused.add(sender)
+        majority_gone = any(
+            len(set(era.group) - attempt.refused) < era.majority for era in self.view.eras(attempt.key)
+        )
+        if attempt.fresh:
+            state.full_way = True
+            self._retry(state, attempt, now)
+        elif m.seen > attempt.ballot or m.epoch > self.view.epoch or majority_gone:
+            self._lose(state, attempt, now)
+
+    def _on_silence(self, state: KeyState, attempt: Attempt, now: float) -> None:
+        if attempt.phase is Phase.ACCEPT and attempt.resent < self.timing.resends:
+            attempt.resent += 1
+            missing = tuple(n for n in self.view.group(attempt.key) if n not in attempt.accepted)
+            self._at(now + self.timing.resend * 2**attempt.resent, attempt.key, attempt)
+            self._send(missing, Accept(attempt.key, attempt.ballot, attempt.value, attempt.fresh), now)
+            return
+        self.counters["timeouts"] += 1
+        state.full_way = True
+        self._lose(state, attempt, now)
+
+    # -- endings ----------------------------------------------------------------------------------
+
+    def _end(self, state: KeyState, attempt: Attempt, now: float) -> None:
+        """Decided. What waited meanwhile gets its own attempt."""
+        state.attempt = None
+        state.lost = 0
+        state.full_way = False
+        if state.queue:
+            self._at(now, attempt.key, None)
+        else:
+            self._forget_if_idle(attempt.key, state)
+
+    def _retry(self, state: KeyState, attempt: Attempt, now: float) -> None:
+        """Not lost to a rival: the same operations at once, another way."""
+        state.attempt = None
+        state.queue[:0] = [w for w in attempt.waiting if not w.done]
+        self._at(now, attempt.key, None)
+
+    def _lose(self, state: KeyState, attempt: Attempt, now: float) -> None:
+        self.counters["lost"] += 1
+        state.attempt = None
+        state.lost += 1
+        self._pause(attempt.key, state, [w for w in attempt.waiting if not w.done], now)
+
+    def _pause(self, key: str, state: KeyState, waiting: list[Waiting], now: float) -> None:
+        """Full jitter (CHUNKPAXOS, *Duels*)."""
+        state.queue[:0] = waiting
+        ceiling = min(self.timing.backoff, 2 * self._rtt * 2 ** min(state.lost, 16))
+        state.paused_until = now + self._rng.uniform(0, ceiling)
+        self._at(state.paused_until, key, None)
+
+    def _expire(self, state: KeyState, now: float) -> None:
+        late = [w for w in state.queue if w.deadline <= now]
+        if state.attempt is not None:
+            late += [w for w in state.attempt.waiting if w.deadline <= now]
+        for w in late:
+            self._finish(w, Unknown("no majority answered in time"))
+        state.queue = [w for w in state.queue if not w.done]
+
+    def _finish(self, w: Waiting, outcome: Outcome) -> None:
+        if not w.done:
+            w.done = True
+            self.in_flight -= 1
+            self.counters["unknown"] += isinstance(outcome, Unknown)
+            self.done.append((w.tag, outcome))
+
+    def _forget_if_idle(self, key: str, state: KeyState) -> None:
+        attempt = state.attempt
+        if attempt is not None and all(w.done for w in attempt.waiting):
+            state.attempt = attempt = None
+        if attempt is None and not state.queue and self._keys.get(key) is state:
+            del self._keys[key]
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def _send(self, nodes: tuple[NodeId, ...], m: Request, now: float) -> None:
+        """To others through the outbox; to the own acceptor directly, and first: its vote is part of
+        the same commit that everything in the outbox waits for."""
+        if self.me in nodes:
+            self.counters["to_self"] += 1
+            reply = self.acceptor.receive(m)
+            if reply is not None:
+                self.counters["to_self"] += 1
+                self._local.append((reply, now))
+            elif isinstance(m, Accept) and m.fresh:
+                return  # round 0 is spent only where the own disk remembers it
+        self.outbox.extend((node, m) for node in nodes if node != self.me)
+
+    def _drain(self) -> None:
+        if self._draining:
+            return
+        self._draining = True
+        while self._local:
+            reply, now = self._local.pop(0)
+            self._receive(self.me, reply, now)
+        self._draining = False
+
+    def _at(self, when: float, key: str, attempt: Attempt | None) -> None:
+        heapq.heappush(self._timers, (when, next(self._timer_order), key, attempt))
