@@ -56,6 +56,9 @@ class Config(msgspec.Struct, frozen=True):
         return tuple(m.node for m in self.members)
 
 
+GENESIS = Config(epoch=0, members=(), base=0)
+"""Before the first configuration: nobody is a member, nobody votes, except on `config/1`."""
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Config).decode
 

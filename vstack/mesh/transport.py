@@ -1,0 +1,454 @@
+"""A node's sockets: two ROUTERs that others dial, and a DEALER per peer.
+
+One thread owns all of it. Work that finishes elsewhere comes back through `Wakeup`. What this
+file decides is little: what is a message, whose connection it came on, and whether it fits the
+bounds. It never answers a request by itself, except to ask who is calling (`HelloRequired`), to
+refuse what is over a bound (`Busy`), and to exchange hellos.
+
+ZeroMQ's traps, and what is done about each: a DEALER reconnects invisibly and keeps queued
+messages across its peer's restart, so a connection is known by its routing id, which holds
+NodeId, boot, lane and a counter, and a ROUTER that does not know it asks; a ROUTER drops silently
+at its high-water mark, so ROUTER_MANDATORY is on and a drop is counted; a second DEALER under a
+routing id in use stays deaf, so a new one gets a new id. Everything is lossy: retries belong to
+the core, never to the socket. Bytes that are not ZMTP never become messages; connections that
+end before their handshake are counted through the socket monitor.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from time import monotonic
+from typing import Final
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from vstack.errors import UsageError
+from vstack.mesh.config import NodeId
+from vstack.mesh.messages import (
+    MAX_CONTROL,
+    MAX_DATA,
+    PROTOCOL_VERSION,
+    Body,
+    Envelope,
+    Failure,
+    Header,
+    Hello,
+    HelloRequired,
+    decode,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+NO_REPLY: Final = bytes(8)
+"""The correlation id of a message that expects no reply."""
+
+
+class Lane(Enum):
+    CONTROL = "control"
+    DATA = "data"
+
+
+HIGH_WATER = {Lane.CONTROL: 4000, Lane.DATA: 64}
+MAX_PART = {Lane.CONTROL: MAX_CONTROL, Lane.DATA: MAX_DATA}
+MAX_IN_FLIGHT = {Lane.CONTROL: 4096, Lane.DATA: 64}
+"""Requests of one connection that have no reply yet."""
+MAX_QUEUED = 64 << 20
+"""Bytes of payload that one connection may have waiting."""
+MAX_SESSIONS = 4096
+SESSION_IDLE = 120.0
+"""Seconds of silence after which a connection has to say hello again."""
+DRAIN = 256
+"""Messages taken from one socket before the others get their turn."""
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """`host:port` -> (host, port). Raises UsageError."""
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+        raise UsageError(f"{text!r} is not an address: HOST:PORT, with a port below 65535, is needed")
+    return host, int(port)
+
+
+def endpoint(address: str, lane: Lane) -> str:
+    """The ZeroMQ endpoint of a node's lane: control on its port, data on the next."""
+    host, port = parse_address(address)
+    shown = f"[{host}]" if ":" in host else host
+    return f"tcp://{shown}:{port + (lane is Lane.DATA)}"
+
+
+def set_options(sock: zmq.Socket[bytes], lane: Lane) -> None:
+    """What every socket of the mesh has in common, on nodes and clients."""
+    sock.linger = 0
+    sock.sndhwm = sock.rcvhwm = HIGH_WATER[lane]
+    sock.maxmsgsize = MAX_PART[lane]
+    sock.set(zmq.IPV6, 1)
+    sock.set(zmq.HEARTBEAT_IVL, 500)
+    sock.set(zmq.HEARTBEAT_TIMEOUT, 1500)
+    sock.set(zmq.HANDSHAKE_IVL, 3000)
+    sock.set(zmq.TCP_KEEPALIVE, 1)
+
+
+class Wakeup:
+    """Lets another thread end the reactor's poll."""
+
+    def __init__(self) -> None:
+        self.receiver, self._sender = socket.socketpair()
+        self.receiver.setblocking(False)
+        self._sender.setblocking(False)
+
+    def set(self) -> None:
+        try:
+            self._sender.send(b"\0")
+        except BlockingIOError:
+            pass  # it is awake already
+        except OSError:
+            pass  # it is closed already
+
+    def clear(self) -> None:
+        try:
+            while self.receiver.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        self.receiver.close()
+        self._sender.close()
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One connection that somebody opened to us and said hello on."""
+
+    routing_id: bytes
+    lane: Lane
+    hello: Hello
+    heard: float
+    in_flight: int = 0
+    queued: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """One request. `payload` is empty or one part; its memory is the socket's own, not a copy."""
+
+    session: Session
+    correlation: bytes
+    body: Body
+    payload: memoryview
+    deadline: float
+    """On this node's monotonic clock, in seconds."""
+    answered: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """What a peer sent back on a connection that we opened."""
+
+    link: Link
+    correlation: bytes
+    header: Header
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """Our connection to one address."""
+
+    address: str
+    socket: zmq.Socket[bytes]
+    opened: float
+    hello: Hello | None = None
+    """Who answered there; None until it did."""
+    heard: float = 0.0
+    """When it last answered anything."""
+    pinged: float = 0.0
+    rtt: float | None = None
+    """Seconds, smoothed."""
+
+
+class Transport:
+    """Sockets of one node. `greet` decides about a hello: our own in return, or a Failure."""
+
+    def __init__(self, greet: Callable[[Hello], Hello | Failure], my_hello: Callable[[], Hello]) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 4096)
+        self._greet = greet
+        self._my_hello = my_hello
+        self._poller = zmq.Poller()
+        self._routers: dict[Lane, zmq.Socket[bytes]] = {}
+        self._monitors: dict[zmq.Socket[bytes], set[int]] = {}
+        self._sessions: dict[tuple[Lane, bytes], Session] = {}
+        self._links: dict[str, Link] = {}
+        self._by_socket: dict[zmq.Socket[bytes], Link] = {}
+        self._complained: set[bytes] = set()
+        self._opened = 0
+        self._served_bytes = 0
+        self._served_since = monotonic()
+        self._rate = 0
+        self.counters: Counter[str] = Counter()
+        self.wakeup = Wakeup()
+        self._poller.register(self.wakeup.receiver, zmq.POLLIN)
+
+    # -- opening and closing ----------------------------------------------------------------------
+
+    def listen(self, address: str) -> None:
+        """Binds both lanes. Raises UsageError if the address cannot be bound."""
+        for lane in Lane:
+            router = self._context.socket(zmq.ROUTER)
+            set_options(router, lane)
+            router.set(zmq.ROUTER_MANDATORY, 1)
+            where = endpoint(address, lane)
+            monitor = router.get_monitor_socket(
+                zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+                | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+                | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            )  # fmt: skip
+            try:
+                router.bind(where)
+            except zmq.ZMQError as e:
+                router.close()
+                raise UsageError(
+                    f"cannot listen on {where.removeprefix('tcp://')}: {e.strerror}. "
+                    "A node needs its port and the next one; choose another with --listen"
+                ) from e
+            self._routers[lane] = router
+            self._monitors[monitor] = set()
+            self._poller.register(router, zmq.POLLIN)
+            self._poller.register(monitor, zmq.POLLIN)
+
+    def connect(self, address: str, now: float) -> Link:
+        """The control connection to `address`, opened now if there is none. It says hello first."""
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = self._open(address, now)
+        return link
+
+    def reconnect(self, address: str, now: float) -> Link:
+        """Closes the connection to `address` and opens another, under a new routing id."""
+        self.disconnect(address)
+        return self.connect(address, now)
+
+    def disconnect(self, address: str) -> None:
+        link = self._links.pop(address, None)
+        if link is not None:
+            self._poller.unregister(link.socket)
+            del self._by_socket[link.socket]
+            link.socket.close(0)
+
+    def close(self) -> None:
+        for address in list(self._links):
+            self.disconnect(address)
+        for router in self._routers.values():
+            router.disable_monitor()
+            router.close(0)
+        self.wakeup.close()
+        self._context.destroy(0)
+
+    def _open(self, address: str, now: float) -> Link:
+        dealer = self._context.socket(zmq.DEALER)
+        set_options(dealer, Lane.CONTROL)
+        me = self._my_hello()
+        self._opened += 1
+        counter = self._opened.to_bytes(4)
+        dealer.routing_id = b"n" + bytes.fromhex(me.node) + me.boot.to_bytes(8) + b"c" + counter
+        dealer.connect(endpoint(address, Lane.CONTROL))
+        link = Link(address, dealer, now)
+        self._by_socket[dealer] = link
+        self._poller.register(dealer, zmq.POLLIN)
+        self.send(link, me)
+        return link
+
+    @property
+    def links(self) -> Sequence[Link]:
+        return tuple(self._links.values())
+
+    def link_to(self, node: NodeId) -> Link | None:
+        """The connection on which `node` has said hello."""
+        return next((k for k in self._links.values() if k.hello and k.hello.node == node), None)
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def send(self, link: Link, body: Body, correlation: bytes = NO_REPLY, budget_ms: int = 0) -> None:
+        """Queues one message; it may be lost, and a loss here is counted as `dropped`."""
+        try:
+            link.socket.send_multipart([correlation, encode(Header(body, budget_ms))], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self.counters["dropped"] += 1
+            return
+        self._count("sent", body)
+
+    def reply(self, request: Incoming, body: Body, payload: bytes | memoryview = b"") -> None:
+        """Answers a request, once; later answers to the same request are dropped."""
+        if request.answered:
+            return
+        request.answered = True
+        session = request.session
+        session.in_flight -= 1
+        session.queued -= len(request.payload)
+        self._send_to(session.lane, session.routing_id, request.correlation, body, payload)
+
+    def _send_to(
+        self, lane: Lane, routing_id: bytes, correlation: bytes, body: Body, payload: bytes | memoryview = b""
+    ) -> None:
+        queued = sum(s.queued for s in self._sessions.values()) if lane is Lane.DATA else 0
+        head = encode(Header(body, 0, queued, self._rate if lane is Lane.DATA else 0))
+        parts: list[bytes | memoryview] = [routing_id, correlation, head]
+        if payload:
+            parts.append(payload)
+        try:
+            self._routers[lane].send_multipart(parts, zmq.NOBLOCK, copy=not payload)
+        except zmq.ZMQError:
+            self.counters["dropped"] += 1
+            return
+        self._count("sent", body)
+        self._served_bytes += len(payload)
+
+    # -- receiving --------------------------------------------------------------------------------
+
+    def poll(self, timeout: float) -> tuple[list[Incoming], list[Answer]]:
+        """Waits up to `timeout` seconds for anything, then takes what has arrived."""
+        requests: list[Incoming] = []
+        answers: list[Answer] = []
+        ready = self._poller.poll(max(0, int(timeout * 1000 + 0.999)))
+        now = monotonic()
+        for sock, _ in ready:
+            if not isinstance(sock, zmq.Socket):
+                self.wakeup.clear()
+            elif sock in self._monitors:
+                self._on_monitor(sock)
+            elif sock in self._by_socket:
+                self._drain_link(self._by_socket[sock], answers, now)
+            else:
+                lane = next(lane for lane, router in self._routers.items() if router is sock)
+                self._drain_router(lane, sock, requests, now)
+        if now - self._served_since > 1.0:
+            self._rate = int(self._served_bytes / (now - self._served_since))
+            self._served_bytes, self._served_since = 0, now
+        return requests, answers
+
+    def _drain_router(self, lane: Lane, router: zmq.Socket[bytes], out: list[Incoming], now: float) -> None:
+        for _ in range(DRAIN):
+            try:
+                frames = router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            routing_id = frames[0].bytes
+            if not 3 <= len(frames) <= 4 or len(frames[1]) != 8:
+                self._malformed(routing_id, f"{len(frames) - 1} parts")
+                continue
+            try:
+                header = decode(frames[2].buffer)
+            except msgspec.DecodeError as e:
+                self._malformed(routing_id, str(e))
+                continue
+            correlation = frames[1].bytes
+            body = header.body
+            self._count("received", body)
+            session = self._sessions.get((lane, routing_id))
+            if isinstance(body, Hello):
+                self._on_hello(lane, routing_id, correlation, body, now)
+                continue
+            if session is None:
+                self.counters["hello_required"] += 1
+                self._send_to(lane, routing_id, correlation, HelloRequired())
+                continue
+            session.heard = now
+            payload = frames[3].buffer if len(frames) == 4 else memoryview(b"")
+            request = Incoming(session, correlation, body, payload, now + header.budget_ms / 1000)
+            session.in_flight += 1
+            session.queued += len(payload)
+            if session.in_flight > MAX_IN_FLIGHT[lane] or session.queued > MAX_QUEUED:
+                self.counters["busy"] += 1
+                self.reply(request, Failure("busy", "too much of this connection is waiting already"))
+                continue
+            out.append(request)
+
+    def _drain_link(self, link: Link, out: list[Answer], now: float) -> None:
+        for _ in range(DRAIN):
+            try:
+                frames = link.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except zmq.ZMQError:
+                return  # closed while its messages were being handled
+            if len(frames) < 2 or len(frames[0]) != 8:
+                self._malformed(link.address.encode(), f"{len(frames)} parts")
+                continue
+            try:
+                header = decode(frames[1])
+            except msgspec.DecodeError as e:
+                self._malformed(link.address.encode(), str(e))
+                continue
+            self._count("received", header.body)
+            link.heard = now
+            if isinstance(header.body, HelloRequired):
+                self.send(link, self._my_hello())
+                continue
+            out.append(Answer(link, frames[0], header))
+
+    def _on_hello(self, lane: Lane, routing_id: bytes, correlation: bytes, hello: Hello, now: float) -> None:
+        if hello.version not in (PROTOCOL_VERSION, PROTOCOL_VERSION - 1):
+            answer: Hello | Failure = Failure(
+                "refused", f"this node speaks protocol version {PROTOCOL_VERSION}, not {hello.version}"
+            )
+        else:
+            answer = self._greet(hello)
+        if isinstance(answer, Hello):
+            if len(self._sessions) >= MAX_SESSIONS:
+                self._expire_sessions(now)
+            if len(self._sessions) >= MAX_SESSIONS:
+                answer = Failure("busy", f"this node has {MAX_SESSIONS} connections already")
+            else:
+                known = self._sessions.get((lane, routing_id))
+                if known is None:
+                    self._sessions[lane, routing_id] = Session(routing_id, lane, hello, now)
+                else:
+                    known.hello, known.heard = hello, now
+        else:
+            self._sessions.pop((lane, routing_id), None)
+            self.counters["hello_refused"] += 1
+        self._send_to(lane, routing_id, correlation, answer)
+
+    def _expire_sessions(self, now: float) -> None:
+        for key, session in list(self._sessions.items()):
+            if now - session.heard > SESSION_IDLE and session.in_flight == 0:
+                del self._sessions[key]
+
+    def _malformed(self, peer: bytes, why: str) -> None:
+        """Counted, logged once per peer, dropped."""
+        self.counters["malformed"] += 1
+        if peer not in self._complained and len(self._complained) < MAX_SESSIONS:
+            self._complained.add(peer)
+            log.warning("malformed message from %s dropped: %s", peer.hex()[:24], why)
+
+    def _on_monitor(self, monitor: zmq.Socket[bytes]) -> None:
+        shaking = self._monitors[monitor]
+        while monitor.poll(0):
+            event = recv_monitor_message(monitor)
+            kind, fd = event["event"], int(event["value"])
+            if kind == zmq.EVENT_ACCEPTED:
+                shaking.add(fd)
+            elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                shaking.discard(fd)
+            elif kind == zmq.EVENT_DISCONNECTED:
+                if fd in shaking:
+                    shaking.discard(fd)
+                    self.counters["handshakes_failed"] += 1
+            else:
+                self.counters["handshakes_refused"] += 1
+
+    def _count(self, way: str, body: Body) -> None:
+        kind = type(body).__name__
+        self.counters[f"{way}.{kind}"] += 1
+        if isinstance(body, Envelope):
+            for item in body.items:
+                self.counters[f"{way}.item.{type(item).__name__}"] += 1

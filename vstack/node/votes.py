@@ -1,0 +1,179 @@
+"""The node's votes on disk: identity, boot counter, the chain, and one record per register.
+
+A RocksDB of its own, `votes/`, which shares nothing with the chunk store. One synced write batch
+per reactor batch; when `commit` returns, what it was given survives a power cut. The write-ahead
+log is recovered in the mode that takes a torn tail in its stride and refuses anything else, and
+every row carries a CRC-32 of its key and body: a row that does not match is reported as damaged,
+never as absent (bug B18).
+
+    key                 value
+    m/identity          NodeId and boot
+    c/<epoch, 10 digits>  a decided configuration
+    p/<NodeId>          the highest boot of that node ever met
+    r/<register key>    CRC-32 (4 bytes, big endian) of key and body, then the packed Record
+
+The NodeId is minted here, at the first start, and lost with this folder: never reused.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from uuid import uuid4
+
+import msgspec
+from rocksdict import DBRecoveryMode, Options, Rdict, WriteBatch, WriteOptions
+
+from vstack.errors import DamagedData, VstackError
+from vstack.mesh.config import Config, NodeId, mesh_id, pack_config, unpack_config
+from vstack.mesh.messages import Record, ScanRow
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Record).decode
+
+
+class Identity(msgspec.Struct, frozen=True, array_like=True):
+    node: NodeId
+    boot: int
+
+
+class VoteCommitFailed(VstackError):
+    """A commit of votes failed: nothing of that batch may leave, and the process must end."""
+
+
+class VoteStore:
+    """Opened by one process at a time; opening it is a new boot, on disk before this returns.
+
+    Raises DamagedData if the store cannot be opened whole: then this node must not vote.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        options = Options(raw_mode=True)
+        options.create_if_missing(True)
+        options.set_paranoid_checks(True)
+        options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
+        options.set_write_buffer_size(8 << 20)
+        options.set_max_log_file_size(1 << 20)
+        options.set_keep_log_file_num(2)
+        options.set_max_background_jobs(1)
+        try:
+            self._db = Rdict(str(folder), options)
+        except Exception as e:  # rocksdict raises plain Exception
+            raise DamagedData(
+                f"the votes in {folder} cannot be opened, so this node must not vote: {e}. "
+                "Start it with an empty data directory to join as a new node"
+            ) from e
+        self._synced = WriteOptions()
+        self._synced.sync = True
+        raw = self._db.get(b"m/identity")
+        old = msgspec.msgpack.decode(raw, type=Identity) if raw else Identity(uuid4().hex, 0)
+        self.identity = Identity(old.node, old.boot + 1)
+        self._put(b"m/identity", _encode(self.identity))
+
+    @property
+    def node(self) -> NodeId:
+        return self.identity.node
+
+    @property
+    def boot(self) -> int:
+        return self.identity.boot
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- records ----------------------------------------------------------------------------------
+
+    def lookup(self, key: str) -> Record | None:
+        """Raises DamagedData."""
+        raw = self._db.get(b"r/" + key.encode())
+        return None if raw is None else _unpack(key, raw)
+
+    def commit(self, records: Mapping[str, Record]) -> None:
+        """On disk, all of them, when this returns. Raises VoteCommitFailed."""
+        batch = WriteBatch(raw_mode=True)
+        for key, record in records.items():
+            body = _encode(record)
+            batch.put(b"r/" + key.encode(), zlib.crc32(body, zlib.crc32(key.encode())).to_bytes(4) + body)
+        try:
+            self._db.write(batch, self._synced)
+        except Exception as e:
+            raise VoteCommitFailed(f"votes could not be written: {e}") from e
+
+    def scan(self, prefix: str, after: str, limit: int) -> tuple[list[ScanRow], bool]:
+        """Up to `limit` records below `prefix` with a key above `after`, in order; and whether more follow.
+
+        Raises DamagedData if a record on the way cannot be read: a listing must not skip it.
+        """
+        rows: list[ScanRow] = []
+        start = b"r/" + prefix.encode()
+        it = self._db.iter()
+        it.seek(max(start, b"r/" + after.encode() + b"\0") if after else start)
+        while it.valid():
+            raw_key = it.key()
+            assert isinstance(raw_key, bytes)
+            if not raw_key.startswith(start):
+                break
+            if len(rows) == limit:
+                return rows, True
+            raw = it.value()
+            assert isinstance(raw, bytes)
+            key = raw_key[2:].decode()
+            record = _unpack(key, raw)
+            rows.append(ScanRow(key, record.accepted, record.value))
+            it.next()
+        return rows, False
+
+    # -- the chain, and who was met ---------------------------------------------------------------
+
+    def chain(self) -> tuple[Config, ...]:
+        """The decided configurations known here, oldest first."""
+        found: list[Config] = []
+        it = self._db.iter()
+        it.seek(b"c/")
+        while it.valid():
+            key, raw = it.key(), it.value()
+            assert isinstance(key, bytes)
+            assert isinstance(raw, bytes)
+            if not key.startswith(b"c/"):
+                break
+            found.append(unpack_config(raw))
+            it.next()
+        return tuple(found)
+
+    @property
+    def mesh(self) -> str:
+        """The mesh this node belongs to; empty before it belongs to one."""
+        chain = self.chain()
+        return mesh_id(chain[0]) if chain else ""
+
+    def save_config(self, config: Config) -> None:
+        """Stores a configuration that is known to be decided. On disk when this returns."""
+        self._put(b"c/%010d" % config.epoch, pack_config(config))
+
+    def meet(self, node: NodeId, boot: int) -> bool:
+        """Whether this boot of `node` is acceptable: not lower than any met before.
+
+        A restored snapshot comes back with a boot that was used already (bug B17).
+        """
+        key = b"p/" + node.encode()
+        known = self._db.get(key)
+        highest = int.from_bytes(known) if known else 0
+        if boot < highest:
+            return False
+        if boot > highest:
+            self._put(key, boot.to_bytes(8))
+        return True
+
+    def _put(self, key: bytes, value: bytes) -> None:
+        try:
+            self._db.put(key, value, self._synced)
+        except Exception as e:
+            raise VoteCommitFailed(f"votes could not be written: {e}") from e
+
+
+def _unpack(key: str, raw: bytes) -> Record:
+    body = raw[4:]
+    if zlib.crc32(body, zlib.crc32(key.encode())) != int.from_bytes(raw[:4]):
+        raise DamagedData(f"the vote on {key} is damaged on disk")
+    return _decode(body)
