@@ -145,9 +145,9 @@ class Track(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Media(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the chunks of a video fit together."""
 
-    container: Literal["mp4", "matroska", "mpegts", "opaque"]
+    container: Literal["mp4", "matroska", "mpegts", "flv", "opaque"]
     source_format: str
-    """FFmpeg's name of the demuxer that read the source; what `get` writes by default follows from it."""
+    """mp4, mov, matroska, webm, mpegts, flv, avi, ...: what `get` writes by default follows from it."""
     clock: tuple[int, int]
     """Ticks of chunk times (num, den): the time base of the track that the cuts follow. (1, 1) if opaque."""
     duration: int

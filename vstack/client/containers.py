@@ -1,0 +1,270 @@
+"""Which containers there are, and how a set of tracks is carried from one into another.
+
+Sources: FFmpeg's muxers, `libavformat/movenc.c`, `matroskaenc.c`, `mpegtsenc.c`. The options of
+`STORED` are the recipe with which packets come back exactly; the reasons stand beside them. What
+must never change without a new `chunker.CHUNKER_VERSION`: everything in `STORED`, because equal
+files must give equal chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+import av
+from av.container import InputContainer, OutputContainer
+from av.packet import Packet
+from av.stream import AttachmentStream, Discard, Disposition, Stream
+
+from vstack.client.feed import Feed, Sink
+from vstack.client.split import FlvSplitter, MatroskaSplitter, Mp4Splitter, Splitter, TsSplitter
+
+if TYPE_CHECKING:
+    from av.container.core import Chapter
+
+Container = Literal["mp4", "matroska", "mpegts", "flv", "opaque"]
+
+_BITEXACT = 0x0400  # AVFMT_FLAG_BITEXACT
+
+IO_BUFFER = 256 * 1024
+"""Bytes that FFmpeg asks of, or hands to, Python at a time."""
+
+
+@dataclass(frozen=True)
+class Muxer:
+    """One way to store: a muxer of FFmpeg's with the options that make its output exact and cuttable."""
+
+    name: str
+    container: Container
+    splitter: type[Splitter]
+    options: Mapping[str, str] = field(default_factory=dict)
+    audio_options: Mapping[str, str] = field(default_factory=dict)
+    """Added where there is no video whose keyframes make fragments."""
+    keeps_attachments: bool = False
+    has_init: bool = True
+    """Whether something comes before the first fragment without which no fragment can be read."""
+
+    @property
+    def demuxer(self) -> str:
+        """FFmpeg's name of the demuxer for what this writes."""
+        return self.container
+
+
+_MP4 = {
+    # empty_moov instead of delay_moov shifts all timestamps; cmaf and negative_cts_offsets the picture's.
+    # skip_trailer: no index of fragments at the end, which would belong to no chunk.
+    "movflags": "frag_keyframe+delay_moov+default_base_moof+skip_trailer",
+    # Bounds a fragment, and so the memory, where keyframes are far apart.
+    "frag_size": str(1024 * 1024),
+    # No track of timecodes made out of metadata: the stored tracks are the source's.
+    "write_tmcd": "0",
+}
+_MP4_AUDIO = {"frag_duration": "1000000"}
+
+STORED: Mapping[str, Muxer] = {
+    "mp4": Muxer("mp4", "mp4", Mp4Splitter, _MP4, _MP4_AUDIO),
+    "mov": Muxer("mov", "mp4", Mp4Splitter, _MP4, _MP4_AUDIO),
+    "matroska": Muxer(
+        "matroska",
+        "matroska",
+        MatroskaSplitter,
+        # live: nothing is written that needs a seek back. A cluster also begins at each video keyframe.
+        {"live": "1", "cluster_time_limit": "5000", "cluster_size_limit": str(512 * 1024)},
+        {"cluster_time_limit": "1000"},
+        keeps_attachments=True,
+    ),
+    "mpegts": Muxer(
+        "mpegts",
+        "mpegts",
+        TsSplitter,
+        # copyts: timestamps are not moved. One PES packet a frame, so that each has its own timestamp.
+        {
+            "mpegts_copyts": "1",
+            "mpegts_flags": "pat_pmt_at_frames",
+            "pes_payload_size": "0",
+            "pat_period": "1",
+        },
+        has_init=False,
+    ),
+    # Times in ms, decode times among them: MP4 counts sound in samples, Matroska has no decode times.
+    "flv": Muxer("flv", "flv", FlvSplitter, {"flvflags": "no_duration_filesize+no_sequence_end"}),
+}
+
+_FAMILY: Mapping[str, tuple[str, ...]] = {
+    "mp4": ("mp4", "mov", "matroska", "mpegts"),
+    "mov": ("mov", "mp4", "matroska", "mpegts"),
+    "matroska": ("matroska", "mp4", "mov"),
+    "webm": ("matroska", "mp4", "mov"),
+    "mpegts": ("mpegts", "matroska"),
+    "flv": ("flv", "mp4", "matroska"),
+}
+
+
+def candidates(source_format: str) -> tuple[str, ...]:
+    """Names of the muxers to try for a source, its own family first."""
+    return _FAMILY.get(source_format, ("mp4", "mov", "matroska", "mpegts"))
+
+
+def open_input(file: Path | BinaryIO | Feed, container: str | None = None) -> InputContainer:
+    """Open for demuxing. Raises av.error.FFmpegError or OSError."""
+    return av.open(
+        str(file) if isinstance(file, Path) else file,
+        "r",
+        format=container,
+        metadata_errors="replace",
+        buffer_size=IO_BUFFER,
+    )
+
+
+def open_output(file: Path | Sink, muxer: str, options: Mapping[str, str]) -> OutputContainer:
+    """Open for muxing, without the date, the random ids and the version that FFmpeg else writes."""
+    out = av.open(
+        str(file) if isinstance(file, Path) else file,
+        "w",
+        format=muxer,
+        options=dict(options),
+        buffer_size=IO_BUFFER,
+    )
+    out.flags |= _BITEXACT
+    return out
+
+
+def format_name(container: InputContainer) -> str:
+    """The source's format, narrower than the demuxer: mp4 or mov, matroska or webm, else its first name."""
+    names = container.format.name.split(",")
+    if "mov" in names:
+        return "mov" if container.metadata.get("major_brand", "qt").strip() == "qt" else "mp4"
+    if "matroska" in names:
+        codecs = {s.codec_context.name for s in tracks_of(container) if s.codec_context is not None}
+        return "webm" if codecs <= WEBM_CODECS else "matroska"
+    return names[0]
+
+
+WEBM_CODECS = {"vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "opus", "libopus", "vorbis", "webvtt"}
+"""Decoders of the codecs that WebM allows."""
+
+
+def tracks_of(container: InputContainer) -> list[Stream]:
+    """The streams that are kept: picture, sound and subtitles, without covers and chapter texts."""
+    return [
+        stream
+        for stream in container.streams
+        if stream.type in ("video", "audio", "subtitle")
+        and not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)
+        and stream.discard != Discard.all
+    ]
+
+
+def lead_track(tracks: Sequence[Stream]) -> int:
+    """Position in `tracks` of the one that cuts follow: the first video, else the first sound."""
+    kinds = [track.type for track in tracks]
+    return next((kinds.index(kind) for kind in ("video", "audio") if kind in kinds), 0)
+
+
+def time_base(stream: Stream) -> Fraction:
+    return stream.time_base or Fraction(1)
+
+
+def movie_timescale(source: InputContainer) -> int:
+    """Ticks a second in which an MP4 says when each track starts: fine enough to be exact for all.
+
+    FFmpeg's default of 1000 would move a track that starts at 1/24 s. Kept below 2**31.
+    """
+    scale = 1000
+    for track in tracks_of(source):
+        wider = math.lcm(scale, time_base(track).denominator)
+        scale = wider if wider < 2**31 else scale
+    return scale
+
+
+def codec_name(stream: Stream) -> str:
+    """FFmpeg's name of the codec, not of one of its decoders."""
+    return stream.codec_context.codec.canonical_name if stream.codec_context is not None else "unknown"
+
+
+_MADE_BY_MUXERS = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration", "vendor_id"}
+_MADE_BY_MUXERS_PREFIXES = ("_statistics", "duration-", "handler_")
+"""Metadata that every muxer writes for itself (in lower case)."""
+
+
+def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Tags that say something about the video, rather than about the file it was in."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key.lower() not in _MADE_BY_MUXERS and not key.lower().startswith(_MADE_BY_MUXERS_PREFIXES)
+    }
+
+
+def copy_tracks(source: InputContainer, out: OutputContainer, *, attachments: bool) -> list[Stream]:
+    """Give `out` the source's tracks, tags and chapters; return its streams, in the order of `tracks_of`.
+
+    Raises ValueError if the output container cannot hold a track's codec.
+    """
+    streams = []
+    for track in tracks_of(source):
+        stream = out.add_stream_from_template(track, opaque=True)
+        stream.metadata.update(kept_metadata(track.metadata))
+        stream.disposition = track.disposition
+        if track.codec_context.codec_tag == "hvc1" and out.format.name in ("mp4", "mov"):
+            stream.codec_context.codec_tag = "hvc1"
+        if out.format.name == "mpegts":
+            stream.id = track.id
+        streams.append(stream)
+    if attachments:
+        for extra in source.streams:
+            if isinstance(extra, AttachmentStream) and extra.data:
+                out.add_attachment(extra.name or "", extra.mimetype or "application/octet-stream", extra.data)
+    out.metadata.update(kept_metadata(source.metadata))
+    if chapters := source.chapters():
+        out.set_chapters(chapters)
+    return streams
+
+
+def is_real(packet: Packet[Stream]) -> bool:
+    """Whether the demuxer read it, rather than PyAV making it up to flush decoders at the end."""
+    return packet.size > 0
+
+
+def differences(source: InputContainer, stored: InputContainer) -> tuple[str, ...]:
+    """What of the source, besides packets, is not in the stored form, in words."""
+    lost: list[str] = []
+    kept = tracks_of(source)
+    for stream in source.streams:
+        if stream in kept or stream.discard == Discard.all:
+            continue
+        if stream.disposition & Disposition.attached_pic:
+            lost.append(f"cover picture (track {stream.index})")
+        elif stream.type == "attachment":
+            name = stream.metadata.get("filename", "")
+            if name not in {s.metadata.get("filename", "") for s in stored.streams if s.type == "attachment"}:
+                lost.append(f"attachment {name or stream.index}")
+        else:
+            what = "timecode track" if "timecode" in stream.metadata else f"{stream.type} track"
+            lost.append(f"{what} {stream.index} ({stream.name or 'unknown codec'})")
+    chapters = [_chapter(c) for c in source.chapters()]
+    if chapters and chapters != [_chapter(c) for c in stored.chapters()]:
+        lost.append(f"{len(chapters)} chapters")
+    for track, copy in zip(kept, tracks_of(stored), strict=False):
+        had = {k.lower(): v for k, v in kept_metadata(track.metadata).items()}
+        has = {k.lower(): v for k, v in kept_metadata(copy.metadata).items()}
+        gone = sorted(k for k, v in had.items() if has.get(k) != v and (k, v) != ("language", "und"))
+        if gone:
+            lost.append(f"{', '.join(gone)} of {track.type} track {track.index}")
+        if missing := track.disposition & ~copy.disposition & ~Disposition.default:
+            lost.append(f"disposition {missing.name} of {track.type} track {track.index}")
+    had = {k.lower(): v for k, v in kept_metadata(source.metadata).items()}
+    has = {k.lower(): v for k, v in kept_metadata(stored.metadata).items()}
+    if gone := sorted(k for k, v in had.items() if has.get(k) != v):
+        lost.append(f"tags {', '.join(gone)}")
+    return tuple(lost)
+
+
+def _chapter(chapter: Chapter) -> tuple[str, float]:
+    """What counts of a chapter: its title and the second it starts at (to a millisecond)."""
+    base = chapter["time_base"] or Fraction(1)
+    return chapter["metadata"].get("title", ""), round(float(chapter["start"] * base), 3)
