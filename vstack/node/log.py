@@ -1,0 +1,150 @@
+"""The end of the log: appends records to the active superblock, one fsync for all that wait.
+
+It decides when a superblock is full, and what a failing disk costs. Invariants: a record is synced before
+the index hears of it; the index is written before the caller hears of it; a superblock whose write or
+fsync failed is *retired*, it takes no more records, because what the kernel still holds of it cannot be
+known (a second fsync may succeed without having written anything).
+
+What a crash leaves, in order: before the sync, records that are whole, torn or absent, none of them
+acknowledged, of which the next start keeps the whole ones; between the sync and the index, records that
+the next start indexes; after that, nothing is left to do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vstack.errors import VstackError
+from vstack.node.disk import NO_SPACE, Disk
+from vstack.node.index import IndexWriteFailed, SuperblockState, Update
+from vstack.node.pieces import StoreFull, WriteFailed
+from vstack.node.recovery import Opened
+from vstack.node.superblock import FILE_HEADER_BYTES, Appender, FileHeader, NoRoom, Record, new_salt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Write:
+    """One record on its way to the disk. `append` gives it its sequence number, offset, and fate."""
+
+    record: Record
+    payload: bytes | memoryview
+    offset: int = 0
+    error: VstackError | None = None
+
+
+class Log:
+    """Not thread-safe: the store's lock is held around every call."""
+
+    def __init__(self, disk: Disk, folder: Path, opened: Opened, *, node: str, limit: int) -> None:
+        """`limit` is the size in bytes beyond which a superblock does not grow, unless by a single record."""
+        self._disk = disk
+        self._folder = folder
+        self._node = node
+        self._limit = limit
+        self._index = opened.index
+        self._highest = opened.highest
+        self._sequence = opened.next_sequence
+        self._broken: WriteFailed | None = None
+        self._active: Appender | None = None
+        if opened.resume is not None:
+            end = self._index.superblocks[opened.highest].watermark
+            self._active = Appender.resume(disk, folder, opened.resume, end)
+
+    def append(self, writes: Sequence[Write], keep_free: float) -> None:
+        """Writes, syncs and indexes the records; sets `error` (StoreFull, WriteFailed) of those that failed.
+
+        `keep_free` is the share of the file system, 0 to 1, that must stay free. Raises IndexDamaged.
+        """
+        if self._broken is not None:
+            for write in writes:
+                write.error = self._broken
+            return
+        update = Update(self._index)
+        highest = self._highest
+        staged: list[Write] = []
+        for write in writes:
+            try:
+                active = self._superblock_for(write.record.size, update, staged)
+                active.make_room(write.record.size, keep_free, self._limit)
+                write.record = write.record._replace(sequence=self._sequence)
+                write.offset = active.stage(write.record, write.payload)
+                self._sequence += 1
+                staged.append(write)
+            except (NoRoom, OSError) as error:
+                write.error = _as_store_error(error)
+        self._flush(update, staged)
+        try:
+            update.commit(self._sequence, sync=self._highest > highest)
+        except IndexWriteFailed as error:
+            self._broken = WriteFailed(f"{error}; restart the node")
+            for write in writes:
+                write.error = write.error or self._broken
+
+    def spare_bytes(self) -> int:
+        """Size of the active superblock beyond its last record: space that is preallocated."""
+        return 0 if self._active is None else self._active.file_bytes - self._active.end
+
+    def close(self) -> None:
+        """Gives back the spare space and makes the index durable, so that the next start scans nothing."""
+        self._broken = WriteFailed("the store is closed")
+        try:
+            if self._active is not None:
+                self._active.close()
+        finally:
+            Update(self._index).commit(self._sequence, sync=True)
+
+    def _superblock_for(self, size: int, update: Update, staged: list[Write]) -> Appender:
+        """The superblock that takes a record of `size` bytes; a new one if the active one is full."""
+        active = self._active
+        if active is not None and active.end > FILE_HEADER_BYTES and active.end + size > self._limit:
+            self._flush(update, staged)
+            self._seal(update)
+        if self._active is None:
+            self._highest += 1
+            header = FileHeader(self._node, self._highest, self._sequence, new_salt())
+            self._active = Appender.create(self._disk, self._folder, header)
+            update.open_superblock(header.number, SuperblockState(header.salt))
+        return self._active
+
+    def _flush(self, update: Update, staged: list[Write]) -> None:
+        """Makes the staged records durable and enters them in the update, or fails them and retires."""
+        active = self._active
+        if active is None or not staged:
+            return
+        try:
+            active.flush()
+        except OSError as error:
+            log.error("superblock %d: a write failed, it takes no more: %s", active.number, error)
+            for write in staged:
+                write.error = _as_store_error(error)
+            self._active = None
+            update.advance(active.number, active.abandon())
+            update.seal(active.number, retired=True)
+        else:
+            for write in staged:
+                update.add(active.number, write.offset, write.record)
+            update.advance(active.number, active.end)
+        staged.clear()
+
+    def _seal(self, update: Update) -> None:
+        """Closes the active superblock, if a failure has not done so already."""
+        active, self._active = self._active, None
+        if active is not None:
+            update.seal(active.number)
+            try:
+                active.close()
+            except OSError as error:
+                log.error("superblock %d: its spare space could not be given back: %s", active.number, error)
+
+
+def _as_store_error(error: NoRoom | OSError) -> VstackError:
+    if isinstance(error, NoRoom):
+        return StoreFull("the disk is full up to its reserve: free space, or add a node")
+    if error.errno in NO_SPACE:
+        return StoreFull("the disk is full: free space, or add a node")
+    return WriteFailed(f"the disk failed: {error}")

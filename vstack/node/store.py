@@ -1,0 +1,322 @@
+"""The chunk store of one node: puts pieces into superblocks, and finds, reads and deletes them.
+
+It decides what may be stored under a key (one hash, for ever), what is damaged, and what may be
+acknowledged. Its parts: `superblock` is the format, `log` appends, `index` is the map, `recovery` the
+start, `scan` reads what a crash left, `files` keeps files open, `disk` has the system calls.
+
+    store/LOCK             held while a process has the store open
+    store/superblocks/     0000000001.vsb ...    the truth
+    store/index/           RocksDB               a cache of it
+
+Invariants. The same key with another hash is refused. The index is not trusted over the log: what lies
+where it points must say that it is the piece. What was found damaged is never "present": a `put` of the
+same bytes writes them anew. What a crash leaves: see `log`; a `delete` is a record like any other.
+
+Not here: which pieces should exist, and repair. The keeper decides that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from vstack.errors import DamagedData, VstackError
+from vstack.mesh.registers import PieceKey
+from vstack.node.disk import Disk
+from vstack.node.files import OpenFiles
+from vstack.node.index import PieceRow
+from vstack.node.log import Log, Write
+from vstack.node.pieces import (
+    Outcome,
+    Piece,
+    PieceInfo,
+    PieceNotFound,
+    PieceRead,
+    PieceRefused,
+    PutResult,
+    StoreFull,
+    StoreStats,
+    WriteFailed,
+)
+from vstack.node.recovery import open_store
+from vstack.node.superblock import (
+    FILE_HEADER_BYTES,
+    RECORD_HEADER_BYTES,
+    Kind,
+    Record,
+    read_record,
+    record_size,
+    trailer,
+)
+
+__all__ = [
+    "ChunkStore",
+    "Piece",
+    "PieceInfo",
+    "PieceNotFound",
+    "PieceRead",
+    "PieceRefused",
+    "PutResult",
+    "StoreFull",
+    "StoreStats",
+    "WriteFailed",
+]
+
+log = logging.getLogger(__name__)
+
+_EMPTY_SHA256 = hashlib.sha256(b"").digest()
+
+
+class ChunkStore:
+    """All methods are thread-safe. `put` and `delete` take turns; reads wait for nobody."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        node: str,
+        superblock_bytes: int = 1 << 30,
+        reserve: float = 0.05,
+        disk: Disk | None = None,
+    ) -> None:
+        """Opens the store in `folder`, making it if need be, and recovers from whatever the last stop left.
+
+        `node` is the NodeId, 32 hex digits. A superblock is closed before it exceeds `superblock_bytes`,
+        unless a single piece does. Pieces are refused when less than `reserve` (0 to 1) of the file
+        system would stay free. Raises VstackError if another process has the store open or if it is of a
+        newer format, OSError.
+        """
+        self._disk = disk or Disk()
+        self._reserve = reserve
+        self._superblocks = folder / "superblocks"
+        self._disk.make_folder(self._superblocks)
+        try:
+            self._claim = self._disk.lock(folder / "LOCK")
+        except BlockingIOError:
+            raise VstackError(f"{folder} is in use by another process: stop that node first") from None
+        try:
+            opened = open_store(self._disk, folder / "index", self._superblocks)
+        except BaseException:
+            self._disk.close(self._claim)
+            raise
+        self._lock = threading.Lock()
+        self._files = OpenFiles(self._disk, self._superblocks)
+        self._index = opened.index
+        self._log = Log(self._disk, self._superblocks, opened, node=node, limit=superblock_bytes)
+        self._report = opened.report
+        self._damaged: set[bytes] = set()
+        self._closed = False
+
+    def put(self, pieces: Sequence[Piece], *, verified: bool = False) -> list[PutResult]:
+        """Stores the pieces with one fsync for all; one answer for each, in order.
+
+        What is answered "stored" or "present" (same key, same hash) is on disk when this returns. A piece
+        that is refused or fails does not hinder the others. With `verified` the caller has checked the
+        payloads against their hashes. Raises IndexDamaged.
+        """
+        refusals = [_refusal(piece, verified) for piece in pieces]
+        answers: list[PutResult | Write] = []
+        writes: dict[bytes, Write] = {}
+        with self._lock:
+            for piece, refusal in zip(pieces, refusals, strict=True):
+                if refusal is not None:
+                    answers.append(PutResult(piece.key, "refused", refusal))
+                else:
+                    answers.append(self._answer_or_write(piece, writes))
+            self._log.append(list(writes.values()), self._reserve)
+            self._damaged.difference_update(key for key, write in writes.items() if write.error is None)
+        return [
+            answer if isinstance(answer, PutResult) else _answer(piece.key, answer)
+            for piece, answer in zip(pieces, answers, strict=True)
+        ]
+
+    def read(self, key: PieceKey, offset: int = 0, length: int | None = None) -> PieceRead:
+        """A range of a piece, to its end if `length` is None. Its hash is not checked: `verify` does that.
+
+        Raises PieceNotFound, DamagedData if what lies there is not the piece, ValueError if the range is
+        not inside the piece, OSError if the disk fails.
+        """
+        row, data = self._load(key, lambda row: _span(row, offset, length))
+        return PieceRead(_info(key, row), offset, data, zlib.crc32(data))
+
+    def verify(self, key: PieceKey) -> PieceInfo:
+        """Reads the whole piece and checks header, hash and footer. Raises as `read` does."""
+        row, data = self._load(key, lambda row: (0, record_size(row.length) - RECORD_HEADER_BYTES))
+        if hashlib.sha256(memoryview(data)[: row.length]).digest() != row.sha256:
+            raise self._found_damaged(key, "its payload does not have its hash")
+        if memoryview(data)[row.length :] != trailer(row.length):
+            raise self._found_damaged(key, "its footer is damaged")
+        return _info(key, row)
+
+    def info(self, key: PieceKey) -> PieceInfo | None:
+        """What the index says of the piece; None if the store does not hold it. Raises IndexDamaged."""
+        row = self._index.piece(key.pack())
+        return None if row is None else _info(key, row)
+
+    def list(self, prefix: bytes = b"", after: bytes = b"", limit: int = 1000) -> list[PieceInfo]:
+        """Up to `limit` pieces whose packed keys begin with `prefix` and lie above `after`, in their order.
+
+        To go on, pass the packed key of the last as `after`. Raises IndexDamaged.
+        """
+        rows = itertools.islice(self._index.pieces(prefix, after), limit)
+        return [_info(PieceKey.unpack(key), row) for key, row in rows]
+
+    def delete(self, keys: Iterable[PieceKey]) -> None:
+        """The pieces are gone, for every later start too, when this returns; absent ones are no error.
+
+        May use the space above which `put` stops. Raises StoreFull, WriteFailed: some may be deleted
+        and some not, and it is right to try again; IndexDamaged.
+        """
+        with self._lock:
+            packed = {key.pack(): key for key in keys}
+            writes = [
+                Write(_tombstone_record(key, raw), b"")
+                for raw, key in packed.items()
+                if self._index.piece(raw) is not None
+            ]
+            self._log.append(writes, 0.0)
+            self._damaged.difference_update(write.record.key for write in writes if write.error is None)
+        for write in writes:
+            if write.error is not None:
+                raise write.error
+
+    def stats(self) -> StoreStats:
+        """Exact at a moment between two changes."""
+        with self._lock:
+            states = self._index.superblocks.values()
+            live = sum(state.live_bytes for state in states)
+            ends = sum(state.watermark for state in states)
+            return StoreStats(
+                pieces=sum(state.pieces for state in states),
+                payload_bytes=sum(state.payload_bytes for state in states),
+                tombstones=sum(state.tombstones for state in states),
+                live_bytes=live,
+                dead_bytes=ends - len(states) * FILE_HEADER_BYTES - live,
+                file_bytes=ends + self._log.spare_bytes(),
+                superblocks=len(states),
+                read_only_superblocks=sum(state.retired for state in states),
+                damaged_records=sum(state.damaged for state in states) + len(self._damaged),
+                start=self._report,
+            )
+
+    def close(self) -> None:
+        """A clean stop: the next start scans nothing. Call it when no reader is left; twice is harmless."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._log.close()
+            finally:
+                self._files.close()
+                self._index.close()
+                self._disk.close(self._claim)
+
+    def _answer_or_write(self, piece: Piece, writes: dict[bytes, Write]) -> PutResult | Write:
+        """The answer if nothing need be written, or the entry in `writes` that will tell."""
+        key = piece.key.pack()
+        row = self._index.piece(key)
+        held = writes[key].record.sha256 if key in writes else row.sha256 if row else piece.sha256
+        if held != piece.sha256:
+            taken = PieceRefused(f"the key of piece {_name(piece.key)} is taken by other bytes")
+            return PutResult(piece.key, "refused", taken)
+        if row is not None and key not in self._damaged:
+            return PutResult(piece.key, "present")
+        return writes.setdefault(key, Write(_data_record(piece, key), piece.payload))
+
+    def _load(self, key: PieceKey, span: Callable[[PieceRow], tuple[int, int]]) -> tuple[PieceRow, bytes]:
+        """Where the piece lies, and the bytes of `span(row)`: (offset after the record's header, length).
+
+        If the superblock is gone, the piece may have moved: look it up again.
+        """
+        packed = key.pack()
+        gone = None
+        while True:
+            row = self._index.piece(packed)
+            if row is None:
+                raise PieceNotFound(f"piece {_name(key)} is not here")
+            if row == gone:
+                raise self._found_damaged(key, "its superblock is gone")
+            start, length = span(row)
+            try:
+                with self._files.use(row.superblock) as fd:
+                    header = self._disk.read(fd, row.offset, RECORD_HEADER_BYTES)
+                    data = self._disk.read(fd, row.offset + RECORD_HEADER_BYTES + start, length)
+            except FileNotFoundError:
+                gone = row
+                continue
+            record = read_record(header, self._index.superblocks[row.superblock].salt, row.offset)
+            if record is None or (record.key, record.sequence) != (packed, row.sequence):
+                raise self._found_damaged(key, "its header is damaged")
+            if len(data) < length:
+                raise self._found_damaged(key, "its superblock ends inside it")
+            return row, data
+
+    def _found_damaged(self, key: PieceKey, why: str) -> DamagedData:
+        """Remembers the damage, so that the next `put` of the piece writes it anew."""
+        self._damaged.add(key.pack())
+        log.error("piece %s: %s", _name(key), why)
+        return DamagedData(f"piece {_name(key)} is damaged here: {why}")
+
+
+def _refusal(piece: Piece, verified: bool) -> PieceRefused | None:
+    """What is wrong with the piece itself, if anything."""
+    name = _name(piece.key)
+    try:
+        if PieceKey.unpack(piece.key.pack()) != piece.key:
+            return PieceRefused(f"the key of piece {name} is malformed")
+    except (struct.error, ValueError) as error:
+        return PieceRefused(f"the key of piece {name} is malformed: {error}")
+    if not (0 < piece.k <= piece.m < 1 << 16 and 0 <= piece.chunk_length < 1 << 64):
+        return PieceRefused(f"piece {name}: {piece.k} of {piece.m} is no scheme")
+    if len(piece.sha256) != 32 or (not verified and hashlib.sha256(piece.payload).digest() != piece.sha256):
+        return PieceRefused(f"the payload of piece {name} does not have its hash")
+    return None
+
+
+def _span(row: PieceRow, offset: int, length: int | None) -> tuple[int, int]:
+    """The range as (offset, length). Raises ValueError if it is not inside the piece."""
+    if length is None:
+        length = row.length - offset
+    if offset < 0 or length < 0 or offset + length > row.length:
+        raise ValueError(f"{length} bytes at {offset} are not inside a piece of {row.length}")
+    return offset, length
+
+
+def _name(key: PieceKey) -> str:
+    return f"{key.video[:12]}/{key.upload}/{key.chunk}.{key.piece}"
+
+
+def _data_record(piece: Piece, key: bytes) -> Record:
+    return Record(
+        Kind.DATA,
+        0,
+        key,
+        piece.key.generation.against,
+        piece.k,
+        piece.m,
+        piece.chunk_length,
+        len(piece.payload),
+        piece.sha256,
+    )
+
+
+def _tombstone_record(key: PieceKey, packed: bytes) -> Record:
+    return Record(Kind.TOMBSTONE, 0, packed, key.generation.against, 0, 0, 0, 0, _EMPTY_SHA256)
+
+
+def _info(key: PieceKey, row: PieceRow) -> PieceInfo:
+    return PieceInfo(key, row.k, row.m, row.chunk_length, row.length, row.sha256, row.sequence)
+
+
+def _answer(key: PieceKey, write: Write) -> PutResult:
+    outcome: Outcome = "stored"
+    if write.error is not None:
+        outcome = "full" if isinstance(write.error, StoreFull) else "failed"
+    return PutResult(key, outcome, write.error)
