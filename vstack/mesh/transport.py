@@ -288,13 +288,21 @@ class Transport:
 
     def reply(self, request: Incoming, body: Body, payload: bytes | memoryview = b"") -> None:
         """Answers a request, once; later answers to the same request are dropped."""
-        if request.answered:
-            return
-        request.answered = True
-        session = request.session
-        session.in_flight -= 1
-        session.queued -= len(request.payload)
-        self._send_to(session.lane, session.routing_id, request.correlation, body, payload)
+        if not request.answered:
+            self.forget(request)
+            session = request.session
+            self._send_to(session.lane, session.routing_id, request.correlation, body, payload)
+
+    def forget(self, request: Incoming) -> None:
+        """Done with a request, without an answer."""
+        if not request.answered:
+            request.answered = True
+            request.session.in_flight -= 1
+            request.session.queued -= len(request.payload)
+
+    def push(self, session: Session, body: Body) -> None:
+        """Sends one more message to where a request came from; it answers nothing by number."""
+        self._send_to(session.lane, session.routing_id, NO_REPLY, body)
 
     def _send_to(
         self, lane: Lane, routing_id: bytes, correlation: bytes, body: Body, payload: bytes | memoryview = b""

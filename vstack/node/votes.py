@@ -29,6 +29,9 @@ from vstack.errors import DamagedData, VstackError
 from vstack.mesh.config import Config, NodeId, mesh_id, pack_config, unpack_config
 from vstack.mesh.messages import Record, ScanRow
 
+SCAN_BYTES = 256 * 1024
+"""Bytes of records in one page of a scan."""
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Record).decode
 
@@ -101,11 +104,14 @@ class VoteStore:
             raise VoteCommitFailed(f"votes could not be written: {e}") from e
 
     def scan(self, prefix: str, after: str, limit: int) -> tuple[list[ScanRow], bool]:
-        """Up to `limit` records below `prefix` with a key above `after`, in order; and whether more follow.
+        """Records below `prefix` with a key above `after`, in order; and whether more follow.
+
+        At most `limit` of them, and at most SCAN_BYTES.
 
         Raises DamagedData if a record on the way cannot be read: a listing must not skip it.
         """
         rows: list[ScanRow] = []
+        size = 0
         start = b"r/" + prefix.encode()
         it = self._db.iter()
         it.seek(max(start, b"r/" + after.encode() + b"\0") if after else start)
@@ -114,10 +120,11 @@ class VoteStore:
             assert isinstance(raw_key, bytes)
             if not raw_key.startswith(start):
                 break
-            if len(rows) == limit:
+            if len(rows) == limit or size > SCAN_BYTES:
                 return rows, True
             raw = it.value()
             assert isinstance(raw, bytes)
+            size += len(raw)
             key = raw_key[2:].decode()
             record = _unpack(key, raw)
             rows.append(ScanRow(key, record.accepted, record.value))

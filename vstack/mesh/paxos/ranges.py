@@ -1,0 +1,88 @@
+"""Reading many registers at once: what a quorum says of a range of keys (CHUNKPAXOS, *Listing*).
+
+Pure. Each acceptor gives a page of its records, in order of key; here the pages are laid over
+each other. A key is settled where a majority of its group shares one ballot; every other key must
+be read by itself. Ids are not known in advance, so an acceptor that is silent may be the only one
+asked that knows of a key: the listing is complete only if too few are silent to hide a majority.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from vstack.mesh.config import NodeId, View, key_subject
+from vstack.mesh.messages import ABSENT, ZERO, Ballot, ScanReply, Value
+
+LISTING_BYTES = 512 * 1024
+"""Bytes of register data in one page of a listing."""
+
+
+class Merged(NamedTuple):
+    rows: dict[str, Value]
+    """Settled registers by key."""
+    unsettled: list[str]
+    """Keys that need a read of their own."""
+    after: str
+    """Keys above this were not covered; empty if everything was."""
+    complete: bool
+
+
+def askers(view: View, prefix: str) -> tuple[NodeId, ...]:
+    """The acceptors that a listing of `prefix` has to ask."""
+    if prefix.startswith("chunk/"):  # one video, one group
+        return tuple(dict.fromkeys(n for era in view.eras(prefix) for n in era.group))
+    return tuple(
+        dict.fromkeys(n for config in view.chain() if config.epoch >= view.base for n in config.nodes)
+    )
+
+
+def merge(view: View, prefix: str, replies: Mapping[NodeId, ScanReply], limit: int) -> Merged:
+    """Lays the pages over each other. Replies of another epoch than the view's do not count."""
+    pages = {n: r for n, r in replies.items() if r.epoch == view.epoch}
+    bounds = [r.rows[-1].key for r in pages.values() if r.more and r.rows]
+    bound = min(bounds, default="")
+    seen: dict[str, dict[NodeId, tuple[Ballot, Value]]] = {}
+    for node, page in pages.items():
+        for row in page.rows:
+            if not bound or row.key <= bound:
+                seen.setdefault(row.key, {})[node] = (row.accepted, row.value)
+    rows: dict[str, Value] = {}
+    unsettled: list[str] = []
+    size = 0
+    after = bound
+    keys = sorted(seen)
+    for position, key in enumerate(keys):
+        if position == limit or size > LISTING_BYTES:
+            after = keys[position - 1]
+            break
+        value = _settled(view, key, {n: seen[key].get(n, (ZERO, ABSENT)) for n in pages})
+        if value is None:
+            unsettled.append(key)
+            size += 4096
+        else:
+            rows[key] = value
+            size += 100 + len(value.data or b"")
+    return Merged(rows, unsettled, after, _complete(view, prefix, set(pages)))
+
+
+def _settled(view: View, key: str, said: Mapping[NodeId, tuple[Ballot, Value]]) -> Value | None:
+    eras = view.eras(key)
+    newest = eras[0]
+    ballots = [said[n] for n in newest.group if n in said]
+    for ballot, value in ballots:
+        same = sum(b == ballot for b, _ in ballots)
+        if same >= newest.majority and (len(eras) == 1 or ballot.epoch >= newest.first):
+            return value
+    return None
+
+
+def _complete(view: View, prefix: str, answered: Iterable[NodeId]) -> bool:
+    here = set(answered)
+    if prefix.startswith("chunk/") and key_subject(prefix):
+        return all(len(here & set(era.group)) >= era.majority for era in view.eras(prefix))
+    return all(
+        len(set(config.nodes) - here) <= (config.g - 1) // 2
+        for config in view.chain()
+        if config.epoch >= view.base
+    )

@@ -1,0 +1,192 @@
+"""`vstack-node`: reads how it is to be started, claims its data directory, and runs one node."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import re
+import signal
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from vstack import __version__
+from vstack.errors import UsageError, VstackError
+from vstack.mesh.transport import parse_address
+from vstack.node.disk import Disk
+from vstack.node.server import Node, NodeSettings, NotOurMesh
+
+EPILOG = """\
+All machines of one mesh are started with the same list of --peers; the first time, they
+found the mesh together and wait until all of them are there. Without --peers the node is
+a mesh of one. The port and the next one are used: control and data.
+
+exit codes: 0 stopped as asked; 1 failure (votes could not be written, or are damaged);
+2 bad configuration or address; 3 the data directory is in use by another process;
+4 the data directory is not this node's: of another mesh, or not made by vstack.
+"""
+
+
+class DataInUse(VstackError):
+    exit_code = 3
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="vstack-node",
+        description="One node of a vstack mesh: stores pieces of video and votes on where they lie.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--listen", metavar="HOST:PORT", help="address to bind (default 127.0.0.1:7400)")
+    p.add_argument("--advertise", metavar="HOST:PORT", help="address that others dial (default: --listen)")
+    p.add_argument("--data", metavar="DIR", type=Path, help="data directory, made if absent (required)")
+    p.add_argument("--peers", metavar="H:P,...", help="the addresses of all nodes, this one included")
+    p.add_argument("--zone", metavar="NAME", help="failure domain: pieces of a chunk are spread over zones")
+    p.add_argument("--capacity", metavar="SIZE", help="share of the pieces, as in 500G or 4T (default 1T)")
+    p.add_argument("--config", metavar="FILE", type=Path, help="TOML file with the same names as keys")
+    p.add_argument(
+        "--insecure",
+        action="store_true",
+        default=None,
+        help="listen beyond loopback although connections are neither encrypted nor authenticated",
+    )
+    p.add_argument("--log-format", choices=("text", "json"), help="of the log on stderr (default text)")
+    p.add_argument("--version", action="version", version=f"vstack-node {__version__}")
+    return p
+
+
+def read_options(argv: list[str] | None) -> dict[str, Any]:
+    """The command line over the config file. Raises UsageError for an unknown key."""
+    given = {k: v for k, v in vars(build_parser().parse_args(argv)).items() if v is not None}
+    path = given.pop("config", None)
+    if path is None:
+        return given
+    try:
+        from_file = tomllib.loads(path.read_text())
+    except OSError as e:
+        raise UsageError(f"cannot read the configuration {path}: {e.strerror}") from e
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f"{path} is not TOML: {e}") from e
+    known = {"listen", "advertise", "data", "peers", "zone", "capacity", "insecure", "log_format"}
+    from_file = {k.replace("-", "_"): v for k, v in from_file.items()}
+    for key in from_file.keys() - known:
+        raise UsageError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+    if isinstance(from_file.get("peers"), list):
+        from_file["peers"] = ",".join(str(p) for p in from_file["peers"])
+    for key, value in from_file.items():
+        if not isinstance(value, bool if key == "insecure" else str):
+            raise UsageError(f"{path}: {key} needs {'true or false' if key == 'insecure' else 'a string'}")
+    if "data" in from_file:
+        from_file["data"] = Path(from_file["data"])
+    return from_file | given
+
+
+def parse_size(text: str) -> int:
+    """`500G` -> bytes, in powers of 1024. Raises UsageError."""
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)i?B?", text.strip(), re.IGNORECASE)
+    if not m:
+        raise UsageError(f"{text!r} is not a size: write it as 500G or 4T")
+    return int(float(m[1]) * 1024 ** " KMGTP".index(m[2].upper() or " "))
+
+
+def settings_from(options: dict[str, Any]) -> NodeSettings:
+    """Raises UsageError."""
+    if "data" not in options:
+        raise UsageError("a node needs a data directory: --data DIR")
+    listen = options.get("listen", "127.0.0.1:7400")
+    advertise = options.get("advertise", listen)
+    host, _ = parse_address(listen)
+    parse_address(advertise)
+    peers = tuple(p.strip() for p in options.get("peers", "").split(",") if p.strip())
+    for peer in peers:
+        parse_address(peer)
+    if not is_loopback(host) and not options.get("insecure"):
+        raise UsageError(
+            f"{listen} is reachable by other machines, and connections are not authenticated: "
+            "listen on 127.0.0.1, or say --insecure if the network is yours alone"
+        )
+    if host in ("0.0.0.0", "::", "*") and "advertise" not in options:
+        raise UsageError(f"{listen} says nothing that others could dial: add --advertise HOST:PORT")
+    weight = max(1, round(parse_size(options.get("capacity", "1T")) / 2**30))
+    return NodeSettings(listen, advertise, options["data"], peers, options.get("zone", ""), weight)
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def claim(folder: Path) -> int:
+    """Makes the data directory and holds it for this process. Raises DataInUse, NotOurMesh, UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in folder.iterdir()}
+        if names and not names & {"lock", "votes"}:
+            raise NotOurMesh(f"{folder} is not empty and was not made by vstack-node: name another --data")
+        return Disk().lock(folder / "lock")
+    except BlockingIOError:
+        raise DataInUse(
+            f"{folder} is in use by another vstack-node: stop that one, or name another"
+        ) from None
+    except OSError as e:
+        raise UsageError(f"cannot use {folder} as data directory: {e.strerror}") from e
+
+
+class JsonLog(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(
+            {
+                "time": round(record.created, 3),
+                "level": record.levelname.lower(),
+                "logger": record.name,
+                "message": record.getMessage(),
+            }
+        )
+
+
+def set_up_log(kind: str) -> None:
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonLog() if kind == "json" else text)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def announce(node: Node) -> None:
+    # What was made until now lives as long as the process: keep it out of the garbage collector's way.
+    gc.collect()
+    gc.freeze()
+    print(
+        f"ready node={node.me} mesh={node.mesh} epoch={node.view.epoch} listen={node.settings.listen}",
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The entry point: never returns."""
+    began = time.monotonic()
+    try:
+        options = read_options(argv)
+        settings = settings_from(options)
+        set_up_log(options.get("log_format", "text"))
+        claim(settings.data)
+        node = Node(settings, announce)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: node.stop())
+        node.run()
+    except VstackError as e:
+        print(f"vstack-node: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    logging.getLogger(__name__).info("stopped after %.0f s", time.monotonic() - began)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The threads that touch pieces: one writer, which commits in groups, and a few readers.
+
+The reactor hands requests in and takes finished ones out; nothing here touches a socket. While
+the writer waits for the disk, whatever arrives gathers, and the next commit takes all of it: group
+commit falls out of one thread and one queue. A request whose deadline has passed is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vstack.errors import DamagedData, VstackError
+from vstack.mesh.messages import Body, Failure, GetPiece, PieceData, PutPiece, Stored
+from vstack.mesh.registers import Generation, PieceKey, UploadId
+from vstack.mesh.transport import Incoming, Wakeup
+from vstack.node.store import ChunkStore, Piece, PieceNotFound, StoreFull
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 32 << 20
+"""Payload that one commit takes at most; the rest waits for the next."""
+
+
+class Done(NamedTuple):
+    """A finished request and its answer."""
+
+    request: Incoming
+    body: Body
+    payload: bytes | memoryview = b""
+
+
+def piece_key(m: PutPiece | GetPiece) -> PieceKey:
+    return PieceKey(
+        m.key.video, UploadId(*m.key.upload), m.key.chunk, m.key.piece, Generation(*m.key.generation)
+    )
+
+
+class PieceWorkers:
+    """Bounded by the transport: a connection has only so many requests and bytes in flight."""
+
+    def __init__(self, store: ChunkStore, wakeup: Wakeup, now: Callable[[], float], readers: int = 2) -> None:
+        self._store = store
+        self._wakeup = wakeup
+        self._now = now
+        self._puts: deque[Incoming] = deque()
+        self._gets: deque[Incoming] = deque()
+        self._work = threading.Condition()
+        self._done: deque[Done] = deque()
+        self._closing = False
+        self._threads = [threading.Thread(target=self._write_loop, name="writer", daemon=True)]
+        self._threads += [
+            threading.Thread(target=self._read_loop, name=f"reader-{i}", daemon=True) for i in range(readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, request: Incoming) -> None:
+        """Takes a PutPiece or GetPiece request."""
+        with self._work:
+            (self._puts if isinstance(request.body, PutPiece) else self._gets).append(request)
+            self._work.notify_all()
+
+    def take_done(self) -> list[Done]:
+        """What has finished since the last call."""
+        done: list[Done] = []
+        while self._done:
+            done.append(self._done.popleft())
+        return done
+
+    def close(self) -> None:
+        """Finishes what was begun; what only waits is dropped without an answer."""
+        with self._work:
+            self._closing = True
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # -- threads ----------------------------------------------------------------------------------
+
+    def _next(self, queue: deque[Incoming], most_bytes: int) -> list[Incoming]:
+        """Blocks for work; empty when closing."""
+        with self._work:
+            while not queue and not self._closing:
+                self._work.wait()
+            if self._closing:
+                return []
+            batch = [queue.popleft()]
+            size = len(batch[0].payload)
+            while queue and most_bytes and size + len(queue[0].payload) <= most_bytes:
+                size += len(queue[0].payload)
+                batch.append(queue.popleft())
+        return batch
+
+    def _finish(self, request: Incoming, body: Body, payload: bytes | memoryview = b"") -> None:
+        self._done.append(Done(request, body, payload))
+        self._wakeup.set()
+
+    def _in_time(self, batch: list[Incoming]) -> list[Incoming]:
+        now = self._now()
+        for request in batch:
+            if request.deadline < now:
+                self._finish(request, LATE)
+        return [r for r in batch if r.deadline >= now]
+
+    def _write_loop(self) -> None:
+        while batch := self._next(self._puts, BATCH_BYTES):
+            batch = self._in_time(batch)
+            pieces = []
+            for request in batch:
+                m = request.body
+                assert isinstance(m, PutPiece)
+                pieces.append(Piece(piece_key(m), m.k, m.m, m.chunk_length, m.sha256, request.payload))
+            try:
+                results = self._store.put(pieces)
+            except Exception as e:
+                log.exception("a batch of %d pieces was not stored", len(batch))
+                for request in batch:
+                    self._finish(request, failure(e))
+                continue
+            for request, result in zip(batch, results, strict=True):
+                if result.error is not None:
+                    self._finish(request, failure(result.error))
+                else:
+                    self._finish(request, Stored(present=result.outcome == "present"))
+
+    def _read_loop(self) -> None:
+        while batch := self._next(self._gets, 0):
+            for request in self._in_time(batch):
+                m = request.body
+                assert isinstance(m, GetPiece)
+                try:
+                    found = self._store.read(piece_key(m), m.offset, m.length)
+                except (VstackError, OSError) as e:
+                    self._finish(request, failure(e))
+                except Exception as e:  # one bad read must not end the thread
+                    log.exception("a read failed")
+                    self._finish(request, failure(e))
+                else:
+                    self._finish(request, PieceData(found.info.length, found.crc32), found.payload)
+
+
+LATE = Failure("late", "the request's time was over before it was its turn")
+
+
+def failure(e: Exception) -> Failure:
+    """How an error of the store looks on the wire."""
+    code = (
+        "not-found" if isinstance(e, PieceNotFound)
+        else "full" if isinstance(e, StoreFull)
+        else "damaged" if isinstance(e, DamagedData)
+        else "io" if isinstance(e, OSError)
+        else "refused"
+    )  # fmt: skip
+    return Failure(code, str(e)[:1000])
