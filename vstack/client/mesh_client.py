@@ -1,0 +1,337 @@
+"""The mesh as a program sees it: `async with connect(peers) as mesh`.
+
+Registers are read and changed through any node; a request goes first to the node that can do it
+in one round trip (the implicit leader, or a member of the key's group) and then, with the same
+operation id, to the others: an operation applies once, however often it is sent. What cannot be
+known in the end is raised as OutcomeUnknown, never reported as failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import zlib
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TypeVar
+
+import zmq.asyncio
+
+from vstack.errors import DamagedData, MeshUnavailable, OutcomeUnknown, UsageError, VstackError
+from vstack.mesh.config import Config, Member, NodeId, group, key_subject, leader
+from vstack.mesh.dialer import Answered, Dialer, NoAnswer, Refused
+from vstack.mesh.messages import (
+    MAX_SUBMIT,
+    Body,
+    Chain,
+    Found,
+    GetConfig,
+    GetPiece,
+    GetStatus,
+    List,
+    Listing,
+    Mismatch,
+    Ok,
+    Op,
+    Outcome,
+    Outcomes,
+    PieceData,
+    PutPiece,
+    Row,
+    Status,
+    Stored,
+    Submit,
+    Unknown,
+    WirePieceKey,
+)
+from vstack.mesh.registers import PieceKey, Scheme
+from vstack.mesh.transport import Lane, parse_address
+
+FIRST_ANSWER = 3.0
+"""Seconds that a node has for an operation before the next one is asked as well."""
+OPERATION = 15.0
+"""Seconds after which the outcome of an operation is called unknown."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A compare-and-swap to be done: the exact version to replace, and what to put there (None: delete)."""
+
+    key: str
+    expect: int
+    data: bytes | None
+    id: bytes = field(default_factory=lambda: os.urandom(16))
+
+
+@dataclass
+class Page:
+    """What a listing found, and whether that is all there is."""
+
+    rows: list[Row]
+    complete: bool
+    silent: tuple[NodeId, ...]
+
+
+class MeshClient:
+    """Made by `connect`. Belongs to one event loop."""
+
+    def __init__(self, context: zmq.asyncio.Context, address_map: Mapping[str, str]) -> None:
+        self._context = context
+        self._address_map = dict(address_map)
+        self._dialers: dict[tuple[str, Lane], Dialer] = {}
+        self._failed_at: dict[NodeId, float] = {}
+        self.mesh = ""
+        self.config = Config(0, (), 0)
+
+    # -- nodes ------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return self.config.members
+
+    def dialer(self, address: str, lane: Lane) -> Dialer:
+        """The connection to a lane of the node at `address`, through the address map."""
+        found = self._dialers.get((address, lane))
+        if found is None:
+            real = self._address_map.get(address, address)
+            found = self._dialers[address, lane] = Dialer(self._context, real, lane, self.mesh)
+        return found
+
+    async def ask(
+        self,
+        node: NodeId,
+        body: Body,
+        payload: bytes | memoryview = b"",
+        *,
+        lane: Lane = Lane.CONTROL,
+        timeout: float,
+    ) -> Answered:
+        """One request to one member. Raises NoAnswer, Refused; a silent node is remembered as such."""
+        member = self.config.member(node)
+        if member is None:
+            raise NoAnswer(f"node {node[:8]} is not a member of the mesh")
+        try:
+            answer = await self.dialer(member.address, lane).request(body, payload, timeout=timeout)
+        except NoAnswer:
+            self._failed_at[node] = monotonic()
+            raise
+        self._failed_at.pop(node, None)
+        return answer
+
+    def silent(self, node: NodeId, within: float = 5.0) -> bool:
+        """Whether `node` failed to answer this client in the last `within` seconds."""
+        return monotonic() - self._failed_at.get(node, -within) < within
+
+    async def contact(self, peers: Sequence[str], patience: float) -> None:
+        """Learns the configuration from the first peer that answers. Raises MeshUnavailable."""
+        deadline = monotonic() + patience
+        why = ""
+        while True:
+            answers = await asyncio.gather(
+                *(self._config_from(p, max(0.5, deadline - monotonic())) for p in peers)
+            )
+            chains = [a for a in answers if isinstance(a, Chain)]
+            if chains:
+                best = max(chains, key=lambda c: c.configs[-1].epoch)
+                self.mesh, self.config = best.mesh, best.configs[-1]
+                for dialer in self._dialers.values():
+                    dialer.mesh = self.mesh
+                return
+            why = "; ".join(str(a) for a in answers if isinstance(a, VstackError))
+            if monotonic() + 0.2 > deadline:
+                raise MeshUnavailable(
+                    f"no mesh answers at {', '.join(peers)} ({why}). Is it running? "
+                    "Start one with `vstack up`, or name its nodes with --peers"
+                )
+            await asyncio.sleep(0.2)
+
+    async def _config_from(self, address: str, timeout: float) -> Chain | VstackError:
+        try:
+            answer = await self.dialer(address, Lane.CONTROL).request(GetConfig(), timeout=min(timeout, 3.0))
+        except VstackError as e:
+            return e
+        chain = answer.header.body
+        if not isinstance(chain, Chain) or not chain.configs:
+            return MeshUnavailable(f"{address} has not formed a mesh yet")
+        return chain
+
+    async def status(self, node: NodeId, timeout: float = 2.0) -> Status:
+        """Raises NoAnswer, Refused."""
+        return _expect(Status, await self.ask(node, GetStatus(), timeout=timeout))
+
+    # -- registers --------------------------------------------------------------------------------
+
+    async def read(self, key: str) -> Found:
+        """The register's value as a quorum has it. Raises MeshUnavailable."""
+        outcome = (await self._submit([Op(os.urandom(16), key, self.config.epoch)]))[0]
+        if isinstance(outcome, Found):
+            return outcome
+        raise MeshUnavailable(f"{key} cannot be read: {getattr(outcome, 'reason', outcome)}")
+
+    async def change(self, change: Change) -> Ok | Mismatch:
+        """Raises OutcomeUnknown if no majority said in time what became of it."""
+        return (await self.change_all([change]))[0]
+
+    async def change_all(self, changes: Sequence[Change]) -> list[Ok | Mismatch]:
+        """Does many changes, in as few messages as their leaders allow. Raises OutcomeUnknown."""
+        ops = [Op(c.id, c.key, self.config.epoch, c.expect, c.data) for c in changes]
+        known: list[Ok | Mismatch] = []
+        for op, outcome in zip(ops, await self._submit(ops), strict=True):
+            if not isinstance(outcome, Ok | Mismatch):
+                reason = outcome.reason if isinstance(outcome, Unknown) else "a strange answer"
+                raise OutcomeUnknown(f"the change of {op.key} may or may not have happened: {reason}")
+            known.append(outcome)
+        return known
+
+    async def _submit(self, ops: Sequence[Op]) -> list[Outcome]:
+        by_route: dict[tuple[NodeId, ...], list[int]] = {}
+        for i, op in enumerate(ops):
+            route = by_route.setdefault(self._route(op.key), [])
+            route.append(i)
+        outcomes: list[Outcome] = [Unknown("not asked")] * len(ops)
+
+        async def along(route: tuple[NodeId, ...], which: list[int]) -> None:
+            for start in range(0, len(which), MAX_SUBMIT):
+                part = which[start : start + MAX_SUBMIT]
+                answers = await self._submit_along(route, [ops[i] for i in part])
+                for i, outcome in zip(part, answers, strict=True):
+                    outcomes[i] = outcome
+
+        await asyncio.gather(*(along(r, w) for r, w in by_route.items()))
+        return outcomes
+
+    def _route(self, key: str) -> tuple[NodeId, ...]:
+        """Whom to ask, best first: the implicit leader, its group, the rest; silent ones last."""
+        first = leader(self.config, key)
+        acceptors = group(self.config, key_subject(key))
+        order = dict.fromkeys(([first] if first else []) + list(acceptors) + list(self.config.nodes))
+        return tuple(sorted(order, key=self.silent))
+
+    async def _submit_along(self, route: Sequence[NodeId], ops: Sequence[Op]) -> list[Outcome]:
+        deadline = monotonic() + OPERATION
+        why = "no node answered"
+        while True:
+            for node in route:
+                left = deadline - monotonic()
+                if left <= 0:
+                    return [Unknown(why)] * len(ops)
+                try:
+                    answer = await self.ask(node, Submit(tuple(ops)), timeout=min(FIRST_ANSWER, left))
+                except (NoAnswer, Refused) as e:
+                    why = str(e)
+                    continue
+                outcomes = list(_expect(Outcomes, answer).outcomes)
+                unknown = [o.reason for o in outcomes if isinstance(o, Unknown)]
+                if not unknown and len(outcomes) == len(ops):
+                    return outcomes
+                why = unknown[0] if unknown else "a strange answer"
+            await asyncio.sleep(0.1)
+
+    # -- listings ---------------------------------------------------------------------------------
+
+    async def list(self, prefix: str) -> Page:
+        """All registers below `prefix` that hold something. Raises MeshUnavailable."""
+        page = Page([], True, ())
+        async for part in self.pages(prefix):
+            page.rows += part.rows
+            page.complete &= part.complete
+            page.silent = tuple(sorted({*page.silent, *part.silent}))
+        return page
+
+    async def pages(self, prefix: str) -> AsyncIterator[Listing]:
+        """The same, page by page, in order of key."""
+        after = ""
+        while True:
+            listing = await self._list_page(prefix, after)
+            yield listing
+            after = listing.after
+            if not after:
+                return
+
+    async def _list_page(self, prefix: str, after: str) -> Listing:
+        why: VstackError = MeshUnavailable("the mesh has no members")
+        for node in sorted(self.config.nodes, key=self.silent):
+            try:
+                return _expect(Listing, await self.ask(node, List(prefix, after), timeout=6.0))
+            except (NoAnswer, Refused) as e:
+                why = e
+        raise MeshUnavailable(f"no node could list {prefix}: {why}")
+
+    # -- pieces -----------------------------------------------------------------------------------
+
+    async def put_piece(
+        self,
+        node: NodeId,
+        key: PieceKey,
+        scheme: Scheme,
+        chunk_length: int,
+        sha256: bytes,
+        payload: bytes | memoryview,
+        *,
+        timeout: float = 20.0,
+    ) -> bool:
+        """On that node's disk when this returns; True if it was there already. Raises NoAnswer, Refused."""
+        body = PutPiece(_wire(key), scheme.k, scheme.m, chunk_length, sha256)
+        answer = await self.ask(node, body, payload, lane=Lane.DATA, timeout=timeout)
+        return _expect(Stored, answer).present
+
+    async def get_range(
+        self, node: NodeId, key: PieceKey, offset: int, length: int, *, timeout: float
+    ) -> tuple[memoryview, PieceData]:
+        """Bytes of one piece. Raises NoAnswer, Refused, DamagedData (the range does not fit its CRC-32)."""
+        body = GetPiece(_wire(key), offset, length)
+        answer = await self.ask(node, body, lane=Lane.DATA, timeout=timeout)
+        data = _expect(PieceData, answer)
+        if zlib.crc32(answer.payload) != data.crc32:
+            raise DamagedData(f"node {node[:8]} sent a range of a piece that does not fit its checksum")
+        return answer.payload, data
+
+    def close(self) -> None:
+        for dialer in self._dialers.values():
+            dialer.close()
+
+
+def _wire(key: PieceKey) -> WirePieceKey:
+    return WirePieceKey(key.video, key.upload, key.chunk, key.piece, key.generation)
+
+
+_T = TypeVar("_T", bound=Body)
+
+
+def _expect(kind: type[_T], answer: Answered) -> _T:
+    body = answer.header.body
+    if not isinstance(body, kind):
+        raise NoAnswer(f"a node answered {type(body).__name__} where {kind.__name__} was due")
+    return body
+
+
+def split_peers(text: str | Iterable[str]) -> tuple[str, ...]:
+    """`a:1,b:2` -> ("a:1", "b:2"). Raises UsageError for what is not an address, or for none."""
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    peers = tuple(p.strip() for p in parts if p.strip())
+    for peer in peers:
+        parse_address(peer)
+    if not peers:
+        raise UsageError("no node is named: give --peers HOST:PORT,...")
+    return peers
+
+
+@asynccontextmanager
+async def connect(
+    peers: str | Sequence[str], *, patience: float = 5.0, address_map: Mapping[str, str] | None = None
+) -> AsyncIterator[MeshClient]:
+    """A client of the mesh that `peers` (addresses of control lanes) belong to.
+
+    `address_map` says where to dial instead of an advertised address (relays, tunnels). Waits up to
+    `patience` seconds for a node to answer. Raises UsageError, MeshUnavailable.
+    """
+    context = zmq.asyncio.Context()
+    client = MeshClient(context, address_map or {})
+    try:
+        await client.contact(split_peers(peers), patience)
+        yield client
+    finally:
+        client.close()
+        context.destroy(0)

@@ -1,0 +1,196 @@
+"""Out of the mesh again: init segment and chunks become an ordinary file, or a stream.
+
+`write_file` copies packets into a file with an index, so that it seeks: MP4 with its `moov`,
+Matroska with cues. What it takes in is read once, in order, and never held as a whole. The file
+appears under its name only when it is complete and on disk; a failure leaves nothing behind.
+
+The stored timestamps are written as they are (less `Track.offset`): in the family of the stored
+container the packets are those of the source. In another family they are as exact as that family
+can be: Matroska counts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+
+from vstack.client.containers import (
+    STORED,
+    copy_tracks,
+    is_real,
+    movie_timescale,
+    open_input,
+    open_output,
+    tracks_of,
+)
+from vstack.client.feed import Feed, Sink
+from vstack.errors import DamagedData, UsageError, VstackError
+from vstack.mesh.registers import Media
+
+MUXERS: Mapping[str, str] = {
+    ".mp4": "mp4",
+    ".m4v": "mp4",
+    ".m4a": "mp4",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".mka": "matroska",
+    ".webm": "webm",
+    ".ts": "mpegts",
+    ".m2ts": "mpegts",
+    ".flv": "flv",
+}
+"""What each extension of an output file means, by FFmpeg's name of the muxer."""
+
+_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "mp4": {"write_tmcd": "0"},
+    "mov": {"write_tmcd": "0"},
+    "flv": {"flvflags": "add_keyframe_index"},
+    "mpegts": STORED["mpegts"].options,
+}
+_FAMILY = {"mp4": {".mp4", ".mov"}, "matroska": {".mkv", ".webm"}, "mpegts": {".ts"}, "flv": {".flv"}}
+_USUAL = {"mp4": ".mp4", "mov": ".mov", "matroska": ".mkv", "webm": ".webm", "mpegts": ".ts", "flv": ".flv"}
+
+
+def default_extension(media: Media) -> str:
+    """The extension of the file that `write_file` restores best; empty for opaque bytes."""
+    if media.container == "opaque":
+        return ""
+    extension = _USUAL.get(media.source_format, "")
+    if extension not in _FAMILY[media.container]:
+        extension = _USUAL[media.container]
+    if extension == ".mp4" and all(track.kind == "audio" for track in media.tracks):
+        return ".m4a"
+    return extension
+
+
+def stream(media: Media, init: bytes, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The stored form from its beginning: plays from a pipe, has no index. `media` may be opaque."""
+    if init and media.container != "opaque":
+        yield init
+    yield from chunks
+
+
+def write_file(
+    media: Media,
+    init: bytes,
+    chunks: Iterable[bytes],
+    path: Path,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the video to `path`, in the container that its extension names; on disk on return.
+
+    `on_progress` hears how many bytes of chunks were taken so far.
+
+    Raises UsageError if that container is unknown or cannot hold the video's codecs (the message
+    names some that can), DamagedData if the stored form cannot be read, VstackError if the file
+    cannot be written, and whatever `chunks` raises. In all cases no part of a file is left.
+    """
+    parts = stream(media, init, _counted(chunks, on_progress))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if media.container == "opaque" or MUXERS.get(path.suffix.lower()) == media.container == "mpegts":
+            _write_bytes(parts, part)
+        else:
+            _write_media(media, Feed(parts), part, path)
+        _into_place(part, path)
+    except BaseException as error:
+        with suppress(FileNotFoundError):
+            part.unlink()
+        if isinstance(error, OSError) and not isinstance(error, av.error.FFmpegError):
+            raise VstackError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+def _counted(chunks: Iterable[bytes], on_progress: Callable[[int], None] | None) -> Iterator[bytes]:
+    done = 0
+    for chunk in chunks:
+        yield chunk
+        done += len(chunk)
+        if on_progress is not None:
+            on_progress(done)
+
+
+def _write_bytes(parts: Iterator[bytes], part: Path) -> None:
+    with part.open("wb") as file:
+        for data in parts:
+            file.write(data)
+
+
+def _write_media(media: Media, feed: Feed, part: Path, path: Path) -> None:
+    muxer = MUXERS.get(path.suffix.lower())
+    if muxer is None:
+        raise UsageError(f"{path}: no container is known by that extension; use one of {', '.join(MUXERS)}")
+    try:
+        source = open_input(feed, media.container)
+    except (av.error.FFmpegError, OSError) as error:
+        feed.check()
+        raise DamagedData(f"the stored video cannot be read ({error.strerror})") from error
+    with source:
+        try:
+            _copy(media, source, part, muxer)
+        except ValueError as error:
+            feed.check()
+            if isinstance(error, av.error.FFmpegError) and not _holding(source):
+                raise
+            raise UsageError(
+                f"{path.suffix} cannot hold this video ({error}); use {' or '.join(_holding(source))}"
+            ) from error
+        feed.check()
+
+
+def _copy(media: Media, source: InputContainer, part: Path, muxer: str) -> None:
+    """Raises ValueError (FFmpeg's among them) if the muxer does not take the tracks."""
+    options = dict(_OPTIONS.get(muxer, {}))
+    if muxer in ("mp4", "mov"):
+        options["movie_timescale"] = str(movie_timescale(source))
+    tracks = tracks_of(source)
+    offsets = {track.index: known.offset for track, known in zip(tracks, media.tracks, strict=False)}
+    with open_output(part, muxer, options) as out:
+        streams = dict(
+            zip(
+                (track.index for track in tracks),
+                copy_tracks(source, out, attachments=muxer == "matroska"),
+                strict=True,
+            )
+        )
+        for packet in source.demux(*tracks):
+            if not is_real(packet):
+                continue
+            if offset := offsets.get(packet.stream_index, 0):
+                packet.pts = None if packet.pts is None else packet.pts - offset
+                packet.dts = None if packet.dts is None else packet.dts - offset
+            packet.stream = streams[packet.stream_index]
+            out.mux_one(packet)
+
+
+def _holding(source: InputContainer) -> list[str]:
+    """Extensions of containers that take the tracks of `source`."""
+    fit = []
+    for extension in _USUAL.values():
+        muxer = MUXERS[extension]
+        try:
+            with open_output(Sink(), muxer, {}) as out:
+                copy_tracks(source, out, attachments=False)
+                out.start_encoding()
+        except (av.error.FFmpegError, ValueError):
+            continue
+        fit.append(extension)
+    return fit
+
+
+def _into_place(part: Path, path: Path) -> None:
+    """Make the file durable, then give it its name, then make the name durable."""
+    for target in (part, None):
+        if target is None:
+            os.replace(part, path)
+        handle = os.open(target or path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
