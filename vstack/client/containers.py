@@ -186,7 +186,15 @@ def codec_name(stream: Stream) -> str:
     return stream.codec_context.codec.canonical_name if stream.codec_context is not None else "unknown"
 
 
-_MADE_BY_MUXERS = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration", "vendor_id"}
+_MADE_BY_MUXERS = {
+    "encoder",
+    "major_brand",
+    "minor_version",
+    "compatible_brands",
+    "duration",
+    "vendor_id",
+    "software",
+}
 _MADE_BY_MUXERS_PREFIXES = ("_statistics", "duration-", "handler_")
 """Metadata that every muxer writes for itself (in lower case)."""
 

@@ -85,7 +85,7 @@ class ChunkDecoder:
     def reset(self) -> None:
         """Forget what was decoded: the next chunk comes after a seek."""
         for decoder in self._decoders.values():
-            decoder.context.flush_buffers()
+            decoder.reset()
 
     def _offset(self, number: int) -> Fraction:
         """Seconds by which stored timestamps of a track lie above the source's."""
@@ -103,9 +103,20 @@ class _Decoder:
         self.context = track.codec_context
         self._time_base = time_base(track)
         self._offset = offset
+        self._begun = False
+        """Whether a packet was decoded since the start or the last seek."""
+
+    def reset(self) -> None:
+        """The next packet does not follow the last one."""
+        self.context.flush_buffers()
+        self._begun = False
 
     def decode(self, packet: Packet[Stream] | None, done: DecodedChunk) -> None:
         """Give a packet to the decoder (None: end of the stream), and count what comes out."""
+        if packet is not None:
+            if self._begun:
+                _skip_nothing(packet)
+            self._begun = True
         times = done.times.setdefault(self.kind, [])
         frames: Sequence[VideoFrame | AudioFrame] = ()
         try:
@@ -122,6 +133,18 @@ class _Decoder:
             if frame.pts is not None:
                 times.append(float(frame.pts * (frame.time_base or self._time_base) - self._offset))
             done.errors += frame.is_corrupt
+
+
+def _skip_nothing(packet: Packet[Stream]) -> None:
+    """Take back the demuxer's order to drop the first samples of a file: this one is not its first.
+
+    Each chunk is demuxed as if it began the file, so each would lose the encoder's delay once more.
+    """
+    if not packet.has_sidedata("skip_samples"):
+        return
+    order = packet.get_sidedata("skip_samples")
+    memoryview(order)[:4] = bytes(4)
+    packet.set_sidedata(order)
 
 
 def decode_alone(media: Media, init: bytes, data: bytes | Iterable[bytes]) -> DecodedChunk:

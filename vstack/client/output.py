@@ -43,6 +43,11 @@ MUXERS: Mapping[str, str] = {
     ".ts": "mpegts",
     ".m2ts": "mpegts",
     ".flv": "flv",
+    ".mp3": "mp3",
+    ".ogg": "ogg",
+    ".opus": "opus",
+    ".flac": "flac",
+    ".wav": "wav",
 }
 """What each extension of an output file means, by FFmpeg's name of the muxer."""
 
@@ -54,6 +59,8 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {
 }
 _FAMILY = {"mp4": {".mp4", ".mov"}, "matroska": {".mkv", ".webm"}, "mpegts": {".ts"}, "flv": {".flv"}}
 _USUAL = {"mp4": ".mp4", "mov": ".mov", "matroska": ".mkv", "webm": ".webm", "mpegts": ".ts", "flv": ".flv"}
+_SOUND = {"mp3": ".mp3", "ogg": ".ogg", "flac": ".flac", "wav": ".wav"}
+"""What a single track of sound goes back into, by the format it came in."""
 
 
 def default_extension(media: Media) -> str:
@@ -63,8 +70,8 @@ def default_extension(media: Media) -> str:
     extension = _USUAL.get(media.source_format, "")
     if extension not in _FAMILY[media.container]:
         extension = _USUAL[media.container]
-    if extension == ".mp4" and all(track.kind == "audio" for track in media.tracks):
-        return ".m4a"
+    if [track.kind for track in media.tracks] == ["audio"]:
+        return _SOUND.get(media.source_format, ".m4a" if extension == ".mp4" else extension)
     return extension
 
 
@@ -138,8 +145,9 @@ def _write_media(media: Media, feed: Feed, part: Path, path: Path) -> None:
             feed.check()
             if isinstance(error, av.error.FFmpegError) and not _holding(source):
                 raise
+            reason = error.strerror if isinstance(error, av.error.FFmpegError) else error
             raise UsageError(
-                f"{path.suffix} cannot hold this video ({error}); use {' or '.join(_holding(source))}"
+                f"{path.suffix} cannot hold this video ({reason}); use {' or '.join(_holding(source))}"
             ) from error
         feed.check()
 
