@@ -27,6 +27,7 @@ from typing import Final
 
 import msgspec
 import zmq
+import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from vstack.errors import UsageError
@@ -85,7 +86,7 @@ def endpoint(address: str, lane: Lane) -> str:
     return f"tcp://{shown}:{port + (lane is Lane.DATA)}"
 
 
-def set_options(sock: zmq.Socket[bytes], lane: Lane) -> None:
+def set_options(sock: zmq.Socket[bytes] | zmq.asyncio.Socket, lane: Lane) -> None:
     """What every socket of the mesh has in common, on nodes and clients."""
     sock.linger = 0
     sock.sndhwm = sock.rcvhwm = HIGH_WATER[lane]

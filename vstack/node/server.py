@@ -570,8 +570,9 @@ class Node:
         )
 
     def _store_figures(self) -> dict[str, float]:
-        stats = self.store.stats()
-        return {k: v for k, v in vars(stats).items() if isinstance(v, int | float)}
+        figures = self.store.stats()._asdict()
+        start = figures.pop("start")._asdict()
+        return {k: float(v) for k, v in {**figures, **{f"start_{k}": v for k, v in start.items()}}.items()}
 
 
 def envelopes(items: list[AnyItem]) -> list[Envelope]:

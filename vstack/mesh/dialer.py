@@ -1,0 +1,152 @@
+"""The client's side of a connection, for asyncio: one DEALER to one lane of one node.
+
+Requests are numbered and may overlap; each has a deadline. A connection that breaks, that cannot
+be made, or whose heartbeats stop (1.5 s) fails everything that waits on it at once, instead of
+leaving it to time out: the socket monitor tells. Nothing is resent here, except to a node that
+asks for a hello first, because such a node has not looked at the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from itertools import count
+
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from vstack.errors import MeshUnavailable, VstackError
+from vstack.mesh.messages import PROTOCOL_VERSION, Body, Failure, Header, Hello, HelloRequired, decode, encode
+from vstack.mesh.transport import NO_REPLY, Lane, endpoint, set_options
+
+
+class NoAnswer(MeshUnavailable):
+    """The node did not answer in time, or the connection to it broke. The request may have been done."""
+
+
+class Refused(VstackError):
+    """The node answered, and its answer is no. `code` is one of `messages.FAILURES`."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.text)
+        self.code = failure.code
+
+
+@dataclass(slots=True, frozen=True)
+class Answered:
+    header: Header
+    payload: memoryview
+    """Empty, or the payload part: the socket's own memory, not a copy."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    parts: list[bytes | memoryview]
+    done: asyncio.Future[Answered]
+
+
+class Dialer:
+    """One connection. Close it with `close`; after that every request fails with NoAnswer."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str, lane: Lane, mesh: str) -> None:
+        self.address = address
+        self.lane = lane
+        self.mesh = mesh
+        """Sent in the hello; empty if not known yet."""
+        self._numbers = count(1)
+        self._pending: dict[bytes, _Pending] = {}
+        self._socket = context.socket(zmq.DEALER)
+        set_options(self._socket, lane)
+        self._socket.routing_id = b"c" + os.urandom(16)
+        self._socket.set(zmq.RECONNECT_IVL, 100)
+        self._socket.set(zmq.RECONNECT_IVL_MAX, 1000)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
+        self._socket.connect(endpoint(address, lane))
+        first = self._send([NO_REPLY, self._hello()])
+        self._tasks = [asyncio.create_task(self._receive(first)), asyncio.create_task(self._watch())]
+
+    def _hello(self) -> bytes:
+        return encode(Header(Hello(PROTOCOL_VERSION, self.mesh, "client")))
+
+    def _send(self, parts: list[bytes | memoryview]) -> Awaitable[object]:
+        """Begins to send at once, in the order of the calls; to be awaited."""
+        return self._socket.send_multipart(parts, copy=len(parts) < 3)
+
+    async def request(self, body: Body, payload: bytes | memoryview = b"", *, timeout: float) -> Answered:
+        """Sends `body` and returns the answer. `timeout` is in seconds, and travels with the request.
+
+        Raises NoAnswer, Refused.
+        """
+        number = next(self._numbers).to_bytes(8)
+        parts: list[bytes | memoryview] = [number, encode(Header(body, min(600_000, int(timeout * 1000))))]
+        if payload:
+            parts.append(payload)
+        if self._socket.closed:
+            raise NoAnswer(f"the connection to {self.address} is closed")
+        pending = _Pending(parts, asyncio.get_running_loop().create_future())
+        self._pending[number] = pending
+        try:
+            async with asyncio.timeout(timeout):
+                await self._send(parts)
+                answer = await pending.done
+        except zmq.ZMQError as e:
+            raise NoAnswer(f"{self.address} takes no more requests: {e.strerror}") from e
+        except TimeoutError:
+            raise NoAnswer(f"{self.address} did not answer within {timeout:.1f} s") from None
+        finally:
+            self._pending.pop(number, None)
+        if isinstance(answer.header.body, Failure):
+            raise Refused(answer.header.body)
+        return answer
+
+    async def hello(self, timeout: float) -> Hello:
+        """Asks the node who it is. Raises NoAnswer, Refused."""
+        answer = await self.request(Hello(PROTOCOL_VERSION, self.mesh, "client"), timeout=timeout)
+        if not isinstance(answer.header.body, Hello):
+            raise NoAnswer(f"{self.address} answered a hello with {type(answer.header.body).__name__}")
+        return answer.header.body
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._fail(NoAnswer(f"the connection to {self.address} was closed"))
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close(0)
+            self._socket.close(0)
+
+    def _fail(self, error: NoAnswer) -> None:
+        for pending in list(self._pending.values()):
+            if not pending.done.done():
+                pending.done.set_exception(error)
+
+    async def _receive(self, hello: Awaitable[object]) -> None:
+        await hello
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            if not 2 <= len(frames) <= 3:
+                continue
+            pending = self._pending.get(frames[0].bytes)
+            try:
+                header = decode(frames[1].buffer)
+            except msgspec.DecodeError:
+                continue  # its request will time out: a node that talks nonsense counts as silent
+            if pending is None or pending.done.done():
+                continue  # an answer that nobody waits for any more
+            if isinstance(header.body, HelloRequired):
+                await self._send([NO_REPLY, self._hello()])
+                await self._send(pending.parts)
+                continue
+            payload = frames[2].buffer if len(frames) == 3 else memoryview(b"")
+            pending.done.set_result(Answered(header, payload))
+
+    async def _watch(self) -> None:
+        while True:
+            event = await recv_monitor_message(self._monitor)
+            gone = event["event"] == zmq.EVENT_DISCONNECTED
+            why = "the connection broke" if gone else "nobody answers there"
+            self._fail(NoAnswer(f"{self.address}: {why}"))
