@@ -58,10 +58,10 @@ _MP4 = {
     # empty_moov instead of delay_moov shifts all timestamps; cmaf and negative_cts_offsets the picture's.
     # skip_trailer: no index of fragments at the end, which would belong to no chunk.
     "movflags": "frag_keyframe+delay_moov+default_base_moof+skip_trailer",
+    # No track made out of the tag "timecode": it needs a frame rate, which a template does not carry.
+    "write_tmcd": "0",
     # Bounds a fragment, and so the memory, where keyframes are far apart.
     "frag_size": str(1024 * 1024),
-    # No track of timecodes made out of metadata: the stored tracks are the source's.
-    "write_tmcd": "0",
 }
 _MP4_AUDIO = {"frag_duration": "1000000"}
 
@@ -148,15 +148,20 @@ WEBM_CODECS = {"vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "opus", 
 """Decoders of the codecs that WebM allows."""
 
 
-def tracks_of(container: InputContainer) -> list[Stream]:
-    """The streams that are kept: picture, sound and subtitles, without covers and chapter texts."""
-    return [
+def tracks_of(container: InputContainer, count: int | None = None) -> list[Stream]:
+    """The streams that are kept: picture, sound and subtitles, without covers and chapter texts.
+
+    `count`, where known, tells the stored tracks from the texts of chapters, which FFmpeg's MP4
+    muxer adds as one more track behind the others, and which only a seeking demuxer recognises.
+    """
+    tracks = [
         stream
         for stream in container.streams
         if stream.type in ("video", "audio", "subtitle")
         and not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)
         and stream.discard != Discard.all
     ]
+    return tracks[:count]
 
 
 def lead_track(tracks: Sequence[Stream]) -> int:
@@ -200,21 +205,26 @@ _MADE_BY_MUXERS_PREFIXES = ("_statistics", "duration-", "handler_")
 
 
 def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Tags that say something about the video, rather than about the file it was in."""
+    """Tags that say something about the video, rather than about the file it was in.
+
+    MP4's demuxer calls `name` what its muxer, and all others, call `title`.
+    """
     return {
-        key: value
+        "title" if key == "name" and "title" not in metadata else key: value
         for key, value in metadata.items()
         if key.lower() not in _MADE_BY_MUXERS and not key.lower().startswith(_MADE_BY_MUXERS_PREFIXES)
     }
 
 
-def copy_tracks(source: InputContainer, out: OutputContainer, *, attachments: bool) -> list[Stream]:
+def copy_tracks(
+    source: InputContainer, out: OutputContainer, *, attachments: bool, count: int | None = None
+) -> list[Stream]:
     """Give `out` the source's tracks, tags and chapters; return its streams, in the order of `tracks_of`.
 
     Raises ValueError if the output container cannot hold a track's codec.
     """
     streams = []
-    for track in tracks_of(source):
+    for track in tracks_of(source, count):
         stream = out.add_stream_from_template(track, opaque=True)
         stream.metadata.update(kept_metadata(track.metadata))
         stream.disposition = track.disposition
@@ -257,19 +267,23 @@ def differences(source: InputContainer, stored: InputContainer) -> tuple[str, ..
     chapters = [_chapter(c) for c in source.chapters()]
     if chapters and chapters != [_chapter(c) for c in stored.chapters()]:
         lost.append(f"{len(chapters)} chapters")
-    for track, copy in zip(kept, tracks_of(stored), strict=False):
-        had = {k.lower(): v for k, v in kept_metadata(track.metadata).items()}
-        has = {k.lower(): v for k, v in kept_metadata(copy.metadata).items()}
-        gone = sorted(k for k, v in had.items() if has.get(k) != v and (k, v) != ("language", "und"))
-        if gone:
+    for track, copy in zip(kept, tracks_of(stored, len(kept)), strict=True):
+        if gone := [tag for tag in _gone(track.metadata, copy.metadata) if tag != "timecode"]:
             lost.append(f"{', '.join(gone)} of {track.type} track {track.index}")
         if missing := track.disposition & ~copy.disposition & ~Disposition.default:
             lost.append(f"disposition {missing.name} of {track.type} track {track.index}")
-    had = {k.lower(): v for k, v in kept_metadata(source.metadata).items()}
-    has = {k.lower(): v for k, v in kept_metadata(stored.metadata).items()}
-    if gone := sorted(k for k, v in had.items() if has.get(k) != v):
+    if gone := _gone(source.metadata, stored.metadata):
         lost.append(f"tags {', '.join(gone)}")
     return tuple(lost)
+
+
+def _gone(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Names of the tags that the copy has not, or has otherwise."""
+    had = {key.lower(): value for key, value in kept_metadata(ours).items()}
+    has = {key.lower(): value for key, value in kept_metadata(theirs).items()}
+    return sorted(
+        key for key, value in had.items() if has.get(key) != value and (key, value) != ("language", "und")
+    )
 
 
 def _chapter(chapter: Chapter) -> tuple[str, float]:

@@ -60,7 +60,7 @@ class ChunkDecoder:
             return done
         container = open_input(Feed([self._init, data]), self._media.container)
         try:
-            tracks = tracks_of(container)
+            tracks = tracks_of(container, len(self._media.tracks) or None)
             for number, track in enumerate(tracks):
                 if number not in self._decoders and track.codec_context is not None:
                     self._decoders[number] = _Decoder(track, self._offset(number))

@@ -52,8 +52,6 @@ MUXERS: Mapping[str, str] = {
 """What each extension of an output file means, by FFmpeg's name of the muxer."""
 
 _OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "mp4": {"write_tmcd": "0"},
-    "mov": {"write_tmcd": "0"},
     "flv": {"flvflags": "add_keyframe_index"},
     "mpegts": STORED["mpegts"].options,
 }
@@ -139,16 +137,14 @@ def _write_media(media: Media, feed: Feed, part: Path, path: Path) -> None:
         feed.check()
         raise DamagedData(f"the stored video cannot be read ({error.strerror})") from error
     with source:
+        count = len(media.tracks)
         try:
             _copy(media, source, part, muxer)
         except ValueError as error:
             feed.check()
-            if isinstance(error, av.error.FFmpegError) and not _holding(source):
-                raise
+            fit = " or ".join(_holding(source, count))
             reason = error.strerror if isinstance(error, av.error.FFmpegError) else error
-            raise UsageError(
-                f"{path.suffix} cannot hold this video ({reason}); use {' or '.join(_holding(source))}"
-            ) from error
+            raise UsageError(f"{path.suffix} cannot hold this video ({reason}); use {fit}") from error
         feed.check()
 
 
@@ -157,13 +153,13 @@ def _copy(media: Media, source: InputContainer, part: Path, muxer: str) -> None:
     options = dict(_OPTIONS.get(muxer, {}))
     if muxer in ("mp4", "mov"):
         options["movie_timescale"] = str(movie_timescale(source))
-    tracks = tracks_of(source)
+    tracks = tracks_of(source, len(media.tracks))
     offsets = {track.index: known.offset for track, known in zip(tracks, media.tracks, strict=False)}
     with open_output(part, muxer, options) as out:
         streams = dict(
             zip(
                 (track.index for track in tracks),
-                copy_tracks(source, out, attachments=muxer == "matroska"),
+                copy_tracks(source, out, attachments=muxer == "matroska", count=len(media.tracks)),
                 strict=True,
             )
         )
@@ -177,14 +173,14 @@ def _copy(media: Media, source: InputContainer, part: Path, muxer: str) -> None:
             out.mux_one(packet)
 
 
-def _holding(source: InputContainer) -> list[str]:
+def _holding(source: InputContainer, count: int) -> list[str]:
     """Extensions of containers that take the tracks of `source`."""
     fit = []
     for extension in _USUAL.values():
         muxer = MUXERS[extension]
         try:
             with open_output(Sink(), muxer, {}) as out:
-                copy_tracks(source, out, attachments=False)
+                copy_tracks(source, out, attachments=False, count=count)
                 out.start_encoding()
         except (av.error.FFmpegError, ValueError):
             continue

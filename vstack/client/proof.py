@@ -170,7 +170,7 @@ class Proof:
 
     def against(self, copy: InputContainer) -> None:
         """Say what the copy is, before its first packet."""
-        theirs = tracks_of(copy)
+        theirs = tracks_of(copy, len(self.tracks))
         for ours, other in zip(self.tracks, theirs, strict=False):
             ours.against(time_base(other))
         if len(self.tracks) != len(theirs):

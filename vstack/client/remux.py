@@ -79,6 +79,29 @@ class _Piece:
         return Fragment(self.data, self.key, self.start)
 
 
+class _Span:
+    """How many seconds of a source were read, by the clock of its first track."""
+
+    def __init__(self) -> None:
+        self._track = -1
+        self._first = self._last = 0
+        self._tick = 0.0
+
+    def add(self, packet: Packet[Stream]) -> None:
+        stamp = packet.dts if packet.dts is not None else packet.pts
+        if stamp is None:
+            return
+        if self._track < 0:
+            self._track, self._first = packet.stream_index, stamp
+            self._tick = float(packet.time_base)
+        if packet.stream_index == self._track:
+            self._last = stamp
+
+    @property
+    def seconds(self) -> float:
+        return (self._last - self._first) * self._tick
+
+
 class Remux:
     """Use once: read `fragments` to the end. `clock` and `init` hold from the first fragment on."""
 
@@ -169,8 +192,7 @@ class Remux:
     def _packets(self, source: InputContainer) -> Iterator[Packet[Stream]]:
         """The source's packets in its order; in a trial, those of the beginning."""
         marks_damage = bool(_SHORT_PACKET_IS_DAMAGE & set(source.format.name.split(",")))
-        seconds: Fraction | None = None
-        first: Fraction | None = None
+        span = _Span()
         count = size = 0
         damage = ""
         try:
@@ -180,48 +202,47 @@ class Remux:
                 if packet.is_corrupt and marks_damage:
                     damage = "the file ends in the middle of a packet"
                     break
-                stamp = packet.dts if packet.dts is not None else packet.pts
-                if stamp is not None:
-                    seconds = stamp * packet.time_base
-                    first = seconds if first is None else first
+                span.add(packet)
                 count += 1
                 size += packet.size
                 self.progress = max(self.progress, (packet.pos or 0) + packet.size)
                 yield packet
-                long = seconds is not None and first is not None and seconds - first > TRIAL_SECONDS
-                if self._trial and (long or count >= TRIAL_PACKETS or size >= TRIAL_BYTES):
+                if self._trial and (
+                    count >= TRIAL_PACKETS or size >= TRIAL_BYTES or span.seconds > TRIAL_SECONDS
+                ):
                     return
         except (av.error.FFmpegError, OSError) as error:
             damage = error.strerror or str(error)
         if damage and not self._salvage:
-            at = f"after {float(seconds - first):.1f} s" if seconds is not None and first is not None else ""
             raise BadInput(
-                f"{self._path} is damaged or truncated {at} ({damage}); "
+                f"{self._path} is damaged or truncated after {span.seconds:.1f} s ({damage}); "
                 f"--salvage keeps what comes before, {AS_IT_IS}"
             )
         if not count:
             raise BadInput(f"{self._path} has no packets; {AS_IT_IS}")
 
     def _prove(self, stored: InputContainer, proof: Proof) -> Iterator[Fragment]:
-        tracks = tracks_of(stored)
+        tracks = tracks_of(stored, len(proof.tracks))
         numbers = {track.index: number for number, track in enumerate(tracks)}
         lead = lead_track(tracks) if tracks else 0
         if tracks:
             self.clock = time_base(tracks[lead])
+        ends = [0] * len(tracks)
         for packet in stored.demux(*tracks):
             if not is_real(packet):
                 continue
             number = numbers[packet.stream_index]
-            if number < len(proof.tracks):
-                proof.tracks[number].copy(fingerprint(packet))
+            proof.tracks[number].copy(fingerprint(packet))
             if proof.difference:
                 raise ProofFailed(proof.difference)
-            if packet.pts is not None and tracks[number].type in ("video", "audio"):
-                end = (packet.pts + (packet.duration or 0)) * packet.time_base
-                self.end = max(self.end, math.ceil(end / self.clock))
+            if packet.pts is not None:
+                ends[number] = max(ends[number], packet.pts + (packet.duration or 0))
             if number == lead and packet.pos is not None:
                 yield from self._give(packet.pos)
                 self._understand(packet)
+        for track, end in zip(tracks, ends, strict=True):
+            if track.type in ("video", "audio"):
+                self.end = max(self.end, math.ceil(end * time_base(track) / self.clock))
 
     def _give(self, position: float) -> Iterator[Fragment]:
         """The fragments that end at or before `position`."""
@@ -242,7 +263,8 @@ class Remux:
 def _tracks(source: InputContainer, stored: InputContainer, proof: Proof) -> tuple[Track, ...]:
     """Raises ProofFailed if a track is off by a time that cannot be recorded."""
     tracks = []
-    for ours, theirs, proved in zip(tracks_of(source), tracks_of(stored), proof.tracks, strict=True):
+    copies = tracks_of(stored, len(proof.tracks))
+    for ours, theirs, proved in zip(tracks_of(source), copies, proof.tracks, strict=True):
         if proved.offset.denominator != 1:
             raise ProofFailed(f"{proved.name} is off by {proved.offset} ticks")
         base, source_base = time_base(theirs), time_base(ours)

@@ -8,7 +8,7 @@
                muxer writes one before each keyframe. No init: every fragment brings PAT and PMT.
     flv        9 bytes of header and 4 of tag size, then tags: type, 3 bytes size, 7 bytes of time and
                stream, payload, 4 bytes tag size. Init: header, metadata and codec headers. A
-               fragment begins at each video keyframe, and where sound alone runs on for long.
+               fragment begins at each video keyframe, and where one has become long or large.
 
 `Splitter.feed` gives back whole pieces; the first is the init segment (empty for mpegts).
 """
@@ -82,22 +82,23 @@ class MatroskaSplitter(Splitter):
 class TsSplitter(Splitter):
     def __init__(self) -> None:
         super().__init__()
-        self._any = False
+        self._packets = self._pats = 0
 
     def _unit(self) -> tuple[bool, int] | None:
         if len(self._held) < self._scan + 4:
             return None
-        first, self._any = not self._any, True
         pid = int.from_bytes(self._held[self._scan + 1 : self._scan + 3], "big") & 0x1FFF
-        if first:
-            return True, _TS_PACKET
-        return pid == 0, _TS_PACKET
+        self._packets += 1
+        self._pats += pid == 0
+        # The first fragment begins with the first packet: one that names the service, before the first PAT.
+        return self._packets == 1 or (pid == 0 and self._pats > 1), _TS_PACKET
 
 
 class FlvSplitter(Splitter):
     _HEADER, _TAG = 13, 15
     _AUDIO, _VIDEO = 8, 9
     _ALONE_MS = 1000
+    _LARGE = 512 * 1024
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class FlvSplitter(Splitter):
         if kind in (self._AUDIO, self._VIDEO) and not _is_flv_header(kind, head[11], head[12]):
             key = kind == self._VIDEO and (head[11] >> 4) & 7 == 1
             alone = not self._has_video and time_ms - self._started_ms >= self._ALONE_MS
-            begins = key or alone or not self._media
+            begins = key or alone or self._scan >= self._LARGE or not self._media
             self._media = True
             if begins:
                 self._started_ms = time_ms
