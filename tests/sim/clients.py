@@ -1,0 +1,150 @@
+"""The clients of a simulated world: what they ask for, and how they try again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.sim.linearizability import Try
+from vstack.mesh.messages import Found, Mismatch, Ok, Op, Outcome, Unknown
+
+if TYPE_CHECKING:
+    from tests.sim.world import Node, World
+
+TRIES = 4
+"""Tries of an operation while there are faults; what is left over must end after them."""
+
+
+class Client:
+    """One operation at a time, tried through any node until it has an outcome."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world = world
+        self.number = number
+        self.current: Op | None = None
+        self.seen: dict[str, int] = {}
+        """The last version of each key that this client was told."""
+        self._made = 0
+        self._tries = 0
+        self._left_over: list[Op] = []
+        self._to_look: list[str] = []
+
+    @property
+    def busy(self) -> bool:
+        return self.current is not None or bool(self._left_over)
+
+    # -- what to do -------------------------------------------------------------------------------
+
+    def think(self) -> None:
+        world = self.world
+        world.at(world.now + world.rng.expovariate(1 / world.profile.think), self._wake)
+
+    def _wake(self) -> None:
+        world, p = self.world, self.world.profile
+        if self.current is not None or world.healed:
+            return
+        node = world.some_node()
+        if world.ops_left <= 0 or node is None:
+            if world.ops_left > 0:
+                self.think()
+            return
+        key = world.rng.choice(world.keys)
+        op = self._draw(key)
+        if op.expect == 0 and op.data is not None and world.rng.random() < p.through_leader:
+            leader = world.nodes[world.view.leader(key) or node.name]
+            node = leader if leader.alive else node
+        self.begin(op, node)
+        if world.rng.random() < p.rush:
+            for other in world.rng.sample(world.clients, world.rng.randint(1, len(world.clients) - 1)):
+                if other.current is None:
+                    there = node if world.rng.random() < p.same_node else world.some_node()
+                    other.begin(other._draw(key), there if there is not None and there.alive else node)
+
+    def _draw(self, key: str) -> Op:
+        """An operation on `key` that makes some sense to this client."""
+        p, rng = self.world.profile, self.world.rng
+        version = self.seen.get(key, 0)
+        if rng.random() < p.read:
+            return self._op(key, None, None)
+        if version and rng.random() < p.stale:
+            version -= rng.randint(1, 3)
+        if rng.random() < p.create:
+            version = 0
+        elif rng.random() < p.delete:
+            return self._op(key, version, None)
+        return self._op(key, version, b"%d.%d" % (self.number, self._made))
+
+    def _op(self, key: str, expect: int | None, data: bytes | None) -> Op:
+        self._made += 1
+        return Op(self.number.to_bytes(8, "big") + self._made.to_bytes(8, "big"), key, 1, expect, data)
+
+    # -- tries ------------------------------------------------------------------------------------
+
+    def begin(self, op: Op, node: Node) -> None:
+        self.world.ops_left -= 1
+        self.current = op
+        self._tries = 0
+        self._try(node)
+
+    def _try(self, node: Node | None) -> None:
+        """Through `node`; the next try goes to any other node, while this one may still go on."""
+        world, op = self.world, self.current
+        assert op is not None
+        self._tries += 1
+        patience = world.rng.expovariate(1 / world.profile.patience) + 0.05 if not world.healed else 60.0
+        world.at(world.now + patience, self._on_patience_end, op, self._tries)
+        if node is not None:
+            world.submit(self, node, op, patience * world.rng.uniform(0.5, 1.5))
+
+    def _on_patience_end(self, op: Op, tries: int) -> None:
+        if self.current is not op or self._tries != tries:
+            return
+        if self._tries < TRIES or self.world.healed:
+            self._try(self.world.some_node())
+        else:
+            self._left_over.append(op)
+            self.current = None
+            self.think()
+
+    def on_outcome(self, attempt: Try, outcome: Outcome) -> None:
+        world, op = self.world, attempt.op
+        if isinstance(outcome, Ok | Mismatch | Found):
+            self.seen[op.key] = outcome.version
+        elif isinstance(outcome, Unknown) and "too often" not in outcome.reason:
+            return  # patience will end
+        if self.current is not op:
+            return
+        self.current = None
+        if not world.healed and world.rng.random() < world.profile.echo:
+            world.at(world.now + world.rng.uniform(0.0, world.profile.horizon), self._echo, op)
+        self._next()
+
+    def _echo(self, op: Op) -> None:
+        """The same request once more, long after its answer."""
+        node = self.world.some_node()
+        if node is not None:
+            self.world.submit(self, node, op, 1.0)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def on_heal(self) -> None:
+        """What was given up is taken up again, and must end now."""
+        if self.current is None:
+            self._next()
+
+    def look(self) -> None:
+        """Reads every key, so that what the history left open is seen."""
+        self._to_look = list(self.world.keys)
+        self._next()
+
+    def _next(self) -> None:
+        if not self.world.healed:
+            self.think()
+        elif self._left_over:
+            self._begin_anywhere(self._left_over.pop())
+        elif self._to_look:
+            self._begin_anywhere(self._op(self._to_look.pop(), None, None))
+
+    def _begin_anywhere(self, op: Op) -> None:
+        node = self.world.some_node()
+        assert node is not None, "every node is up"
+        self.begin(op, node)

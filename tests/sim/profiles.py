@@ -1,0 +1,147 @@
+"""What a simulated world suffers, and what its clients do.
+
+A uniform mix of faults misses bugs that lopsided ones find, so there are profiles, and `mixed`
+draws a mix of its own from every seed (swarm testing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from random import Random
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Probabilities are per message or per choice; rates are per virtual second; times in seconds."""
+
+    sizes: tuple[int, ...] = (3, 3, 3, 3, 4, 5, 5, 7)
+    """How many nodes; one is drawn."""
+    clients: int = 4
+    ops: int = 40
+    """Operations until the clients stop."""
+    horizon: float = 4.0
+    """When faults stop and everything heals."""
+    think: float = 0.2
+    """Mean pause of a client between two operations."""
+    patience: float = 0.8
+    """Mean time after which a client tries again elsewhere; the first try may still be going on."""
+    videos: int = 1
+    chunks: int = 3
+    """Chunk registers per video."""
+    create: float = 0.25
+    read: float = 0.3
+    delete: float = 0.05
+    """What is left are compare-and-swaps of a version seen before."""
+    stale: float = 0.1
+    """A compare-and-swap names an old version."""
+    through_leader: float = 0.5
+    """A chunk's create goes to its implicit leader."""
+    rush: float = 0.2
+    """Other clients do something to the same key in the same instant."""
+    same_node: float = 0.5
+    """They do it through the same node."""
+    echo: float = 0.1
+    """An operation that was answered is sent once more."""
+    sync: float = 0.004
+    """Mean time of a commit."""
+    delay: float = 0.004
+    """Mean time of a message."""
+    loss: float = 0.0
+    duplicate: float = 0.0
+    slow: float = 0.0
+    """A message takes up to half a second."""
+    undead: float = 0.0
+    """A message takes up to twice the horizon, whoever restarts meanwhile."""
+    lost_outcome: float = 0.0
+    """An outcome never reaches its client."""
+    crashes: float = 0.0
+    power_cuts: float = 0.0
+    """All nodes at once."""
+    downtime: float = 0.3
+    partitions: float = 0.0
+    cuts: float = 0.0
+    """One direction between two nodes."""
+    outage: float = 0.4
+    """Mean length of a partition or cut."""
+    damage: float = 0.0
+    """A record of one node becomes unreadable."""
+
+
+_STORMY = Profile(loss=0.03, duplicate=0.05, slow=0.05, lost_outcome=0.05)
+
+PROFILES: dict[str, Profile] = {
+    "calm": Profile(),
+    "crashy": replace(_STORMY, crashes=2.5, power_cuts=0.3, sync=0.01, rush=0.3),
+    "create-races": replace(
+        _STORMY,
+        chunks=8,
+        create=0.7,
+        read=0.2,
+        rush=0.6,
+        crashes=0.8,
+        partitions=0.4,
+        cuts=0.5,
+        through_leader=0.6,
+    ),
+    "graveyard": replace(_STORMY, videos=2, chunks=2, delete=0.35, crashes=0.6, partitions=0.5, echo=0.25),
+    "undead": replace(_STORMY, undead=0.15, slow=0.15, duplicate=0.2, crashes=1.0, echo=0.2, chunks=2),
+    "hot": replace(
+        _STORMY, chunks=0, ops=60, clients=6, think=0.1, read=0.15, crashes=0.6, echo=0.4, patience=0.3
+    ),
+    "reborn": replace(
+        _STORMY,
+        sizes=(4, 7, 3),
+        chunks=0,
+        crashes=12.0,
+        downtime=0.02,
+        loss=0.15,
+        slow=0.3,
+        rush=0.4,
+        patience=0.2,
+    ),
+}
+NAMES = (*PROFILES, "mixed")
+
+
+def draw(name: str, rng: Random) -> Profile:
+    """The profile of one seed. Raises KeyError for an unknown name."""
+    return _swarm(rng) if name == "mixed" else PROFILES[name]
+
+
+def _swarm(rng: Random) -> Profile:
+    """Every trouble is either off or drawn, by itself."""
+
+    def some(upper: float) -> float:
+        return 0.0 if rng.random() < 0.4 else rng.uniform(0.0, upper)
+
+    return Profile(
+        clients=rng.randint(2, 6),
+        ops=rng.randint(20, 60),
+        horizon=rng.uniform(2.0, 5.0),
+        think=rng.uniform(0.02, 0.4),
+        patience=rng.uniform(0.1, 1.2),
+        videos=rng.randint(1, 2),
+        chunks=rng.randint(1, 6),
+        create=rng.uniform(0.1, 0.6),
+        read=rng.uniform(0.05, 0.5),
+        delete=some(0.3),
+        stale=some(0.3),
+        through_leader=rng.random(),
+        rush=some(0.6),
+        same_node=rng.random(),
+        echo=some(0.3),
+        sync=rng.choice((0.0005, 0.004, 0.02)),
+        delay=rng.choice((0.001, 0.004, 0.03)),
+        loss=some(0.15),
+        duplicate=some(0.25),
+        slow=some(0.2),
+        undead=some(0.15),
+        lost_outcome=some(0.2),
+        crashes=some(4.0),
+        power_cuts=some(0.5),
+        downtime=rng.choice((0.05, 0.3, 1.0)),
+        partitions=some(1.5),
+        cuts=some(2.0),
+        outage=rng.uniform(0.1, 1.0),
+        damage=some(0.5),
+    )
