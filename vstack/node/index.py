@@ -275,8 +275,13 @@ class Update:
                 del batch[b"t" + key]
             else:
                 batch[b"t" + key] = _TOMBSTONE.pack(*tombstone)
-        self._index.write(batch, sync=sync)
-        self._index.superblocks = self._states
+        before = self._index.superblocks
+        self._index.superblocks = self._states  # first: whoever sees a row may look its superblock up
+        try:
+            self._index.write(batch, sync=sync)
+        except IndexWriteFailed:
+            self._index.superblocks = before
+            raise
         self._index.next_sequence = next_sequence
 
     def _set(self, number: int, state: SuperblockState) -> None:

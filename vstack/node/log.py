@@ -58,29 +58,16 @@ class Log:
     def append(self, writes: Sequence[Write], keep_free: float) -> None:
         """Writes, syncs and indexes the records; sets `error` (StoreFull, WriteFailed) of those that failed.
 
-        `keep_free` is the share of the file system, 0 to 1, that must stay free. Raises IndexDamaged.
+        `keep_free` is the share of the file system, 0 to 1, that must stay free. If the index fails,
+        everything is refused from then on: the next start finds the records that lie on disk without it.
         """
         if self._broken is not None:
             for write in writes:
                 write.error = self._broken
             return
-        update = Update(self._index)
-        highest = self._highest
-        staged: list[Write] = []
-        for write in writes:
-            try:
-                active = self._superblock_for(write.record.size, update, staged)
-                active.make_room(write.record.size, keep_free, self._limit)
-                write.record = write.record._replace(sequence=self._sequence)
-                write.offset = active.stage(write.record, write.payload)
-                self._sequence += 1
-                staged.append(write)
-            except (NoRoom, OSError) as error:
-                write.error = _as_store_error(error)
-        self._flush(update, staged)
         try:
-            update.commit(self._sequence, sync=self._highest > highest)
-        except IndexWriteFailed as error:
+            self._append(writes, keep_free)
+        except VstackError as error:
             self._broken = WriteFailed(f"{error}; restart the node")
             for write in writes:
                 write.error = write.error or self._broken
@@ -95,8 +82,26 @@ class Log:
         try:
             if self._active is not None:
                 self._active.close()
-        finally:
             Update(self._index).commit(self._sequence, sync=True)
+        except (OSError, IndexWriteFailed) as error:
+            log.error("not a clean stop, the next start will scan: %s", error)
+
+    def _append(self, writes: Sequence[Write], keep_free: float) -> None:
+        update = Update(self._index)
+        highest = self._highest
+        staged: list[Write] = []
+        for write in writes:
+            try:
+                active = self._superblock_for(write.record.size, update, staged)
+                active.make_room(write.record.size, keep_free, self._limit)
+                write.record = write.record._replace(sequence=self._sequence)
+                write.offset = active.stage(write.record, write.payload)
+                self._sequence += 1
+                staged.append(write)
+            except (NoRoom, OSError) as error:
+                write.error = _as_store_error(error)
+        self._flush(update, staged)
+        update.commit(self._sequence, sync=self._highest > highest)
 
     def _superblock_for(self, size: int, update: Update, staged: list[Write]) -> Appender:
         """The superblock that takes a record of `size` bytes; a new one if the active one is full."""

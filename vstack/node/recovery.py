@@ -65,8 +65,12 @@ def open_store(disk: Disk, index_folder: Path, folder: Path) -> Opened:
     files = [_look_at(disk, folder, number) for number in superblock_numbers(folder)]
     index, rebuilt = _open_index(disk, index_folder, files)
     start = _Start(disk, folder, index)
-    for file in files:
-        start.catch_up(file)
+    try:
+        for file in files:
+            start.catch_up(file)
+    except BaseException:
+        index.close()
+        raise
     report = StartReport(
         start.records, start.bytes, start.torn, rebuilt and bool(files), time.monotonic() - began
     )

@@ -17,6 +17,7 @@ Not here: which pieces should exist, and repair. The keeper decides that.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -100,15 +101,15 @@ class ChunkStore:
             self._claim = self._disk.lock(folder / "LOCK")
         except BlockingIOError:
             raise VstackError(f"{folder} is in use by another process: stop that node first") from None
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._disk.close, self._claim)
             opened = open_store(self._disk, folder / "index", self._superblocks)
-        except BaseException:
-            self._disk.close(self._claim)
-            raise
+            undo.callback(opened.index.close)
+            self._log = Log(self._disk, self._superblocks, opened, node=node, limit=superblock_bytes)
+            undo.pop_all()
         self._lock = threading.Lock()
         self._files = OpenFiles(self._disk, self._superblocks)
         self._index = opened.index
-        self._log = Log(self._disk, self._superblocks, opened, node=node, limit=superblock_bytes)
         self._report = opened.report
         self._damaged: set[bytes] = set()
         self._closed = False

@@ -1,0 +1,280 @@
+"""What the tests of the chunk store share: pieces, disks that fail, a recount that trusts nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vstack.mesh.registers import Generation, PieceKey, UploadId
+from vstack.node.disk import Disk, Space
+from vstack.node.scan import Damage, Found, scan
+from vstack.node.store import ChunkStore, Piece, StoreStats
+from vstack.node.superblock import FILE_HEADER_BYTES, Kind, read_file_header, record_size
+
+NODE = "5a" * 16
+VIDEO = "ab" * 32
+
+
+def key_of(number: int, *, video: str = VIDEO) -> PieceKey:
+    return PieceKey(video, UploadId(3, 7), number, number % 5, Generation(number, NODE, 1, number))
+
+
+def piece_of(number: int, payload: bytes | None = None, *, video: str = VIDEO) -> Piece:
+    """A piece that follows from its number alone, of 0 to 5000 bytes unless told."""
+    if payload is None:
+        rng = random.Random(number)
+        payload = rng.randbytes(rng.choice((0, 1, 7, 8, 100, 1000, 5000)))
+    key = key_of(number, video=video)
+    return Piece(key, 3, 5, 3 * len(payload), hashlib.sha256(payload).digest(), payload)
+
+
+def open_store(folder: Path, disk: Disk | None = None, *, superblock_bytes: int = 1 << 20) -> ChunkStore:
+    return ChunkStore(folder, node=NODE, superblock_bytes=superblock_bytes, reserve=0.0, disk=disk)
+
+
+def superblocks(folder: Path) -> list[Path]:
+    return sorted((folder / "superblocks").glob("*.vsb"))
+
+
+def outcomes(store: ChunkStore, pieces: Sequence[Piece]) -> list[str]:
+    return [result.outcome for result in store.put(pieces)]
+
+
+def abandon(store: ChunkStore) -> None:
+    """What is left when the process dies: descriptors close, nothing is written."""
+    if store._closed:  # it died in `close`, whose `finally` has run
+        return
+    store._files.close()
+    store._index.close()
+    active = store._log._active
+    if active is not None:
+        os.close(active._fd)
+    os.close(store._claim)
+
+
+class Recount(NamedTuple):
+    """Figures taken from the files alone, by other code than the store's."""
+
+    pieces: int
+    payload_bytes: int
+    tombstones: int
+    live_bytes: int
+    dead_bytes: int
+    damaged_records: int
+
+
+def recount(folder: Path) -> Recount:
+    disk = Disk()
+    latest: dict[bytes, Found] = {}
+    damaged = written = 0
+    for path in superblocks(folder):
+        fd = os.open(path, os.O_RDONLY)
+        header = read_file_header(disk, fd)
+        assert header is not None
+        for item in scan(disk, fd, header.salt, FILE_HEADER_BYTES):
+            if isinstance(item, Found):
+                known = latest.get(item.record.key)
+                if known is None or known.record.sequence < item.record.sequence:
+                    latest[item.record.key] = item
+            elif isinstance(item, Damage):
+                damaged += 1
+            else:
+                written += item.end - FILE_HEADER_BYTES
+        os.close(fd)
+    pieces = [found.record for found in latest.values() if found.record.kind == Kind.DATA]
+    live = sum(record_size(found.record.length) for found in latest.values())
+    return Recount(
+        len(pieces),
+        sum(record.length for record in pieces),
+        len(latest) - len(pieces),
+        live,
+        written - live,
+        damaged,
+    )
+
+
+def figures(stats: StoreStats) -> Recount:
+    return Recount(
+        stats.pieces,
+        stats.payload_bytes,
+        stats.tombstones,
+        stats.live_bytes,
+        stats.dead_bytes,
+        stats.damaged_records,
+    )
+
+
+class FailingDisk(Disk):
+    """Fails the named operations with an errno, as long as they are in `errors`."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, int] = {}
+
+    def _maybe(self, operation: str) -> None:
+        if operation in self.errors:
+            raise OSError(self.errors[operation], os.strerror(self.errors[operation]))
+
+    def write(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+        if "write" in self.errors:
+            super().write(fd, [b"".join(buffers)[: sum(map(len, buffers)) // 2]], offset)
+        self._maybe("write")
+        super().write(fd, buffers, offset)
+
+    def sync(self, fd: int) -> None:
+        self._maybe("sync")
+        super().sync(fd)
+
+    def sync_folder(self, path: Path) -> None:
+        self._maybe("sync_folder")
+        super().sync_folder(path)
+
+    def preallocate(self, fd: int, offset: int, length: int) -> bool:
+        self._maybe("preallocate")
+        return super().preallocate(fd, offset, length)
+
+    def read(self, fd: int, offset: int, length: int) -> bytes:
+        self._maybe("read")
+        return super().read(fd, offset, length)
+
+
+class PlainDisk(Disk):
+    """A file system that cannot preallocate."""
+
+    def preallocate(self, fd: int, offset: int, length: int) -> bool:
+        return False
+
+
+class SmallDisk(Disk):
+    """A file system with `free` bytes left, of ten times `free` at the start."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+        self._total = 10 * free
+
+    def space(self, fd: int) -> Space:
+        return Space(self._total, self.free)
+
+    def preallocate(self, fd: int, offset: int, length: int) -> bool:
+        if length > self.free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.free -= length
+        return super().preallocate(fd, offset, length)
+
+
+class Crash(BaseException):
+    """The process stops here."""
+
+
+class CrashingDisk(Disk):
+    """Stops the process at the operation number `stop_at` (from 1); a write stops half way."""
+
+    def __init__(self, stop_at: int) -> None:
+        self.operations = 0
+        self._stop_at = stop_at
+
+    def _boundary(self) -> bool:
+        self.operations += 1
+        return self.operations == self._stop_at
+
+    def create(self, path: Path) -> int:
+        if self._boundary():
+            raise Crash
+        return super().create(path)
+
+    def write(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+        if self._boundary():
+            joined = b"".join(buffers)
+            super().write(fd, [joined[: random.Random(self._stop_at).randrange(len(joined) + 1)]], offset)
+            raise Crash
+        super().write(fd, buffers, offset)
+
+    def sync(self, fd: int) -> None:
+        if self._boundary():
+            raise Crash
+        super().sync(fd)
+
+    def sync_folder(self, path: Path) -> None:
+        if self._boundary():
+            raise Crash
+        super().sync_folder(path)
+
+    def preallocate(self, fd: int, offset: int, length: int) -> bool:
+        if self._boundary():
+            raise Crash
+        return super().preallocate(fd, offset, length)
+
+    def truncate(self, fd: int, size: int) -> None:
+        if self._boundary():
+            raise Crash
+        super().truncate(fd, size)
+
+    def rename(self, old: Path, new: Path) -> None:
+        if self._boundary():
+            raise Crash
+        super().rename(old, new)
+
+    def unlink(self, path: Path) -> None:
+        if self._boundary():
+            raise Crash
+        super().unlink(path)
+
+
+class ForgetfulDisk(Disk):
+    """A disk that loses, at `lose_power`, any part of what was not synced: sectors and names."""
+
+    def __init__(self) -> None:
+        self._paths: dict[int, Path] = {}
+        self._unsynced: dict[Path, list[tuple[int, bytes]]] = {}
+        self._unnamed: list[Path] = []
+
+    def create(self, path: Path) -> int:
+        fd = super().create(path)
+        self._paths[fd] = path
+        self._unnamed.append(path)
+        return fd
+
+    def open(self, path: Path, *, write: bool = False) -> int:
+        fd = super().open(path, write=write)
+        self._paths[fd] = path
+        return fd
+
+    def write(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+        length = sum(map(len, buffers))
+        before = super().read(fd, offset, length).ljust(length, b"\0")
+        self._unsynced.setdefault(self._paths[fd], []).append((offset, before))
+        super().write(fd, buffers, offset)
+
+    def sync(self, fd: int) -> None:
+        super().sync(fd)
+        self._unsynced.pop(self._paths[fd], None)
+
+    def sync_folder(self, path: Path) -> None:
+        super().sync_folder(path)
+        self._unnamed = [p for p in self._unnamed if p.parent != path]
+
+    def rename(self, old: Path, new: Path) -> None:
+        super().rename(old, new)
+        self._unnamed = [new if path == old else path for path in self._unnamed]
+        for fd, path in self._paths.items():
+            if path == old:
+                self._paths[fd] = new
+        if old in self._unsynced:
+            self._unsynced[new] = self._unsynced.pop(old)
+
+    def lose_power(self, rng: random.Random) -> None:
+        for path, writes in self._unsynced.items():
+            if path.exists():
+                with path.open("r+b") as file:
+                    for offset, before in writes:
+                        for at in range(0, len(before), 512):
+                            if rng.random() < 0.5:
+                                file.seek(offset + at)
+                                file.write(before[at : at + 512])
+        for path in self._unnamed:
+            if rng.random() < 0.5:
+                path.unlink(missing_ok=True)
