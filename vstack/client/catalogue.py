@@ -1,0 +1,124 @@
+"""Finding videos: listing, names to ids, a video's chunk table.
+
+A table is taken as a range read of its chunk registers and checked against the hash in the video's
+register, so that one answer is enough to trust it, whoever gave it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import msgspec
+
+from vstack.client.mesh_client import Change, MeshClient
+from vstack.errors import DamagedData, NotFound, VstackError
+from vstack.mesh.config import NodeId
+from vstack.mesh.messages import Mismatch
+from vstack.mesh.registers import (
+    ChunkRecord,
+    UploadId,
+    VideoRecord,
+    chunk_prefix,
+    pack,
+    table_hash,
+    unpack_chunk,
+    unpack_video,
+    upload_id,
+    video_key,
+)
+
+MIN_PREFIX = 6
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video's register, as it was read."""
+
+    id: str
+    version: int
+    record: VideoRecord
+
+    @property
+    def upload(self) -> UploadId:
+        return upload_id(self.record, self.version)
+
+    @property
+    def seconds(self) -> float:
+        media = self.record.media
+        return 0.0 if media is None else media.duration * media.clock[0] / media.clock[1]
+
+
+@dataclass(frozen=True)
+class Videos:
+    """A listing. If not `complete`, videos may be missing because the `silent` nodes did not answer."""
+
+    videos: list[Video]
+    complete: bool
+    silent: tuple[NodeId, ...]
+
+
+async def read_video(mesh: MeshClient, video: str) -> Video | None:
+    """The register of `video` (64 hex digits), or None if it holds nothing. Raises MeshUnavailable."""
+    found = await mesh.read(video_key(video))
+    return None if found.data is None else Video(video, found.version, unpack_video(found.data))
+
+
+async def list_videos(mesh: MeshClient, *, hidden: bool = False) -> Videos:
+    """All videos that are ready, by title; with `hidden` those uploading, aborted or deleted as well."""
+    page = await mesh.list("video/")
+    videos = []
+    for row in page.rows:
+        try:
+            video = Video(row.key.removeprefix("video/"), row.version, unpack_video(row.data))
+        except msgspec.DecodeError:
+            continue  # written by a newer version: not ours to show
+        if hidden or video.record.state == "ready":
+            videos.append(video)
+    videos.sort(key=lambda v: (v.record.title.casefold(), v.id))
+    return Videos(videos, page.complete, page.silent)
+
+
+async def find_video(mesh: MeshClient, name: str) -> Video:
+    """The ready video that `name` means: an id, a unique prefix of one, or a unique exact title.
+
+    Raises NotFound, MeshUnavailable.
+    """
+    if re.fullmatch(r"[0-9a-f]{64}", name):
+        video = await read_video(mesh, name)
+        if video is None or video.record.state != "ready":
+            raise NotFound(f"no video {name[:12]}… is ready in this mesh: `vstack ls` shows those that are")
+        return video
+    listing = await list_videos(mesh)
+    found = [v for v in listing.videos if v.record.title == name]
+    if re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},63}}", name):
+        found += [v for v in listing.videos if v.id.startswith(name) and v not in found]
+    if len(found) > 1:
+        ids = ", ".join(v.id[:12] for v in found[:5])
+        raise NotFound(f"{name!r} means more than one video ({ids}): name one by more of its id")
+    if not found:
+        also = "" if listing.complete else f" ({len(listing.silent)} nodes did not answer: it may be there)"
+        raise NotFound(f"no video is called {name!r}{also}: `vstack ls` shows those that are ready")
+    return found[0]
+
+
+async def chunk_table(mesh: MeshClient, video: Video) -> list[ChunkRecord]:
+    """The chunk registers of a ready video, in order. Raises DamagedData, MeshUnavailable."""
+    records = [unpack_chunk(row.data) for row in (await mesh.list(chunk_prefix(video.id, video.upload))).rows]
+    if len(records) != video.record.chunks or table_hash([r.entry for r in records]) != video.record.table:
+        raise DamagedData(
+            f"the chunk table of video {video.id[:12]} has {len(records)} of {video.record.chunks} rows, "
+            "or not the hash that its register names: try again when more nodes are up"
+        )
+    return records
+
+
+async def delete_video(mesh: MeshClient, video: Video) -> None:
+    """Hides the video: it is kept, and can be undeleted, until its space is reclaimed.
+
+    Raises OutcomeUnknown, VstackError (somebody else changed it meanwhile).
+    """
+    changed = msgspec.structs.replace(video.record, state="deleted", upload=video.upload)
+    outcome = await mesh.change(Change(video_key(video.id), video.version, pack(changed)))
+    if isinstance(outcome, Mismatch):
+        raise VstackError(f"video {video.id[:12]} was changed by somebody else just now: look at it again")

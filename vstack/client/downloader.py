@@ -1,0 +1,140 @@
+"""`get`: all chunks of a video, in order, as one ordinary file or as a stream.
+
+Chunks are fetched ahead while earlier ones are written; the writing, which is FFmpeg's and blocks,
+runs in a thread and pulls from a bounded queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from vstack.client import output
+from vstack.client.catalogue import Video, chunk_table
+from vstack.client.fetcher import ChunkFetcher, FetchedChunk, init_record
+from vstack.client.mesh_client import MeshClient
+from vstack.errors import DamagedData
+from vstack.mesh.config import NodeId
+from vstack.mesh.registers import ChunkRecord, Media
+
+AHEAD_BYTES = 16 << 20
+"""Chunk bytes that are fetched before they are needed."""
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """What a `get` did."""
+
+    bytes: int
+    chunks: int
+    seconds: float
+    served: dict[NodeId, int]
+    """Bytes by node."""
+    failovers: int
+
+
+async def in_order(fetcher: ChunkFetcher, table: Sequence[ChunkRecord]) -> AsyncIterator[FetchedChunk]:
+    """The chunks of `table` in order, fetching up to AHEAD_BYTES beyond the one that is waited for."""
+    tasks: list[asyncio.Task[FetchedChunk]] = []
+    sizes: list[int] = []
+    ahead = iter(table)
+    upcoming = next(ahead, None)
+    try:
+        while tasks or upcoming is not None:
+            while upcoming is not None and (not tasks or sum(sizes) + upcoming.entry.size <= AHEAD_BYTES):
+                # an earlier chunk is more urgent: deadlines are a second apart
+                tasks.append(asyncio.create_task(fetcher.fetch(upcoming, within=10.0 + len(tasks))))
+                sizes.append(upcoming.entry.size)
+                upcoming = next(ahead, None)
+            yield await tasks[0]
+            del tasks[0], sizes[0]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def fetch_init(fetcher: ChunkFetcher, video: Video) -> bytes:
+    """The init segment; empty where the container needs none."""
+    init = video.record.init
+    return b"" if init is None else (await fetcher.fetch(init_record(init), within=1.0)).data
+
+
+def media_of(video: Video) -> Media:
+    """Raises DamagedData if the register of a ready video has none."""
+    if video.record.media is None:
+        raise DamagedData(f"the register of video {video.id[:12]} says nothing of its media")
+    return video.record.media
+
+
+async def download(
+    mesh: MeshClient,
+    video: Video,
+    target: Path | BinaryIO,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Downloaded:
+    """Writes the video: to a path as an ordinary seekable file, to an open file as a stream.
+
+    A path appears only when it is whole. `on_progress` gets (bytes done, bytes in all). Raises
+    MeshUnavailable, DamagedData, VstackError (the container does not go into that kind of file).
+    """
+    began = time.monotonic()
+    table = await chunk_table(mesh, video)
+    media = media_of(video)
+    served: dict[NodeId, int] = {}
+    failovers = done = 0
+    pipe: queue.Queue[bytes | None] = queue.Queue(maxsize=4)
+    over = False
+
+    def chunks() -> Iterator[bytes]:
+        while not over and (data := pipe.get()) is not None:
+            yield data
+        if over:
+            raise InterruptedError
+
+    def write(init: bytes) -> None:
+        if isinstance(target, Path):
+            output.write_file(media, init, chunks(), target)
+            return
+        for part in output.stream(media, init, chunks()):
+            target.write(part)
+        target.flush()
+
+    async with ChunkFetcher(mesh, video.id, video.upload) as fetcher:
+        writer = asyncio.create_task(asyncio.to_thread(write, await fetch_init(fetcher, video)))
+        try:
+            async for chunk in in_order(fetcher, table):
+                while not writer.done():
+                    try:
+                        pipe.put_nowait(chunk.data)
+                        break
+                    except queue.Full:
+                        await asyncio.sleep(0.005)
+                if writer.done():
+                    break
+                done += len(chunk.data)
+                failovers += chunk.failovers
+                for node, size in chunk.served.items():
+                    served[node] = served.get(node, 0) + size
+                on_progress(done, video.record.size)
+            else:
+                while not writer.done():
+                    try:
+                        pipe.put_nowait(None)
+                        break
+                    except queue.Full:
+                        await asyncio.sleep(0.005)
+            await writer
+        except BaseException:
+            over = True
+            while not pipe.empty():
+                pipe.get_nowait()
+            pipe.put_nowait(None)
+            await asyncio.gather(writer, return_exceptions=True)
+            raise
+    return Downloaded(done, len(table), time.monotonic() - began, served, failovers)

@@ -1,0 +1,251 @@
+"""Carries out what the scheduler decides, and turns pieces into chunks.
+
+A chunk leaves here only if its SHA-256 is the one its register names; a piece is used only if its
+SHA-256 is. A bad piece is fetched from elsewhere. When no named place has what is needed, the
+register is read again: pieces move, and that is never an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+
+from vstack import erasure
+from vstack.client.mesh_client import MeshClient
+from vstack.client.scheduler import BestHolder, Fetch, PieceWanted, Scheduler, Wanted
+from vstack.errors import DamagedData, MeshUnavailable, VstackError
+from vstack.mesh.config import NodeId
+from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.registers import (
+    INIT_INDEX,
+    UPLOADED,
+    ChunkEntry,
+    ChunkRecord,
+    InitPiece,
+    PieceKey,
+    Scheme,
+    UploadId,
+    chunk_key,
+    unpack_chunk,
+)
+
+PATIENCE = 20.0
+"""Seconds without progress after which a chunk is given up."""
+
+
+@dataclass(frozen=True)
+class FetchedChunk:
+    """A chunk, whole and verified, and where it came from."""
+
+    entry: ChunkEntry
+    data: bytes
+    served: Mapping[NodeId, int]
+    """Bytes by node."""
+    seconds: float
+    failovers: int
+    """Blocks that a failed node had to leave to another."""
+
+
+@dataclass(eq=False)
+class _Job:
+    record: ChunkRecord
+    deadline: float
+    began: float
+    done: asyncio.Future[FetchedChunk]
+    progress: float
+    buffers: dict[int, bytearray] = field(default_factory=dict)
+    sources: dict[int, dict[NodeId, int]] = field(default_factory=dict)
+    """Bytes by piece and node."""
+    failovers: int = 0
+    rereads: int = 0
+
+
+def init_record(init: InitPiece) -> ChunkRecord:
+    """The init segment as if it were a chunk: whole copies, under INIT_INDEX."""
+    entry = ChunkEntry(INIT_INDEX, 0, 0, init.size, init.sha256)
+    return ChunkRecord(entry, Scheme(1, len(init.places)), UPLOADED, init.places)
+
+
+class ChunkFetcher:
+    """Fetches chunks of one upload. Use as `async with`; several `fetch` calls may overlap."""
+
+    def __init__(
+        self, mesh: MeshClient, video: str, upload: UploadId, scheduler: Scheduler | None = None
+    ) -> None:
+        self._mesh = mesh
+        self._video = video
+        self._upload = upload
+        self._scheduler = scheduler or BestHolder()
+        self._jobs: dict[int, _Job] = {}
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pump: asyncio.Task[None] | None = None
+        self.bytes_received = 0
+        self.bytes_wasted = 0
+        self.failures: list[tuple[float, NodeId, str]] = []
+        """When (monotonic seconds), who and why, for every request that failed."""
+
+    async def __aenter__(self) -> ChunkFetcher:
+        self._pump = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        tasks = [*self._tasks, *([self._pump] if self._pump else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def fetch(self, record: ChunkRecord, within: float = 10.0) -> FetchedChunk:
+        """The chunk, verified. `within` (seconds) says how urgent it is beside others.
+
+        Raises MeshUnavailable (too few pieces can be had), DamagedData.
+        """
+        index = record.entry.index
+        now = monotonic()
+        job = _Job(record, now + within, now, asyncio.get_running_loop().create_future(), now)
+        self._jobs[index] = job
+        self._want(job)
+        self._wake.set()
+        try:
+            return await job.done
+        finally:
+            del self._jobs[index]
+            self._scheduler.forget(index)
+
+    def _want(self, job: _Job) -> None:
+        record = job.record
+        holders: dict[int, list[NodeId]] = {}
+        for place in record.places:
+            holders.setdefault(place.piece, []).append(place.node)
+        size = erasure.fragment_size(record.entry.size, record.scheme.k)
+        pieces = {n: PieceWanted(size, tuple(nodes)) for n, nodes in holders.items()}
+        self._scheduler.want(Wanted(record.entry.index, job.deadline, record.scheme.k, pieces))
+
+    # -- the pump ---------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            now = monotonic()
+            self._wake.clear()
+            for fetch in self._scheduler.requests(now):
+                self._spawn(self._get(fetch))
+            while self._scheduler.stuck:
+                self._spawn(self._reread(self._scheduler.stuck.pop()))
+            for job in list(self._jobs.values()):
+                if now - job.progress > PATIENCE and not job.done.done():
+                    job.done.set_exception(self._too_few(job))
+            wake = self._scheduler.next_wake()
+            pause = 1.0 if wake is None else min(1.0, max(0.001, wake - now))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _get(self, fetch: Fetch) -> None:
+        job = self._jobs.get(fetch.chunk)
+        try:
+            if job is None:
+                raise NoAnswer("not wanted any more")
+            generation = job.record.generation
+            key = PieceKey(self._video, self._upload, fetch.chunk, fetch.piece, generation)
+            data, info = await self._mesh.get_range(fetch.node, key, fetch.offset, fetch.length, timeout=10.0)
+            size = erasure.fragment_size(job.record.entry.size, job.record.scheme.k)
+            if len(data) != fetch.length or info.total != size:
+                raise DamagedData(f"node {fetch.node[:8]} holds a piece of another size")
+        except (NoAnswer, Refused, DamagedData) as e:
+            gone = isinstance(e, DamagedData) or (
+                isinstance(e, Refused) and e.code in ("not-found", "damaged", "refused", "io")
+            )
+            self.failures.append((monotonic(), fetch.node, str(e)))
+            if job is not None:
+                job.failovers += 1
+            self._scheduler.failed(fetch.number, monotonic(), gone=gone)
+        else:
+            self._take(fetch, job, data, size)
+        self._wake.set()
+
+    def _take(self, fetch: Fetch, job: _Job, data: memoryview, size: int) -> None:
+        self.bytes_received += len(data)
+        if not self._scheduler.received(fetch.number, monotonic()):
+            self.bytes_wasted += len(data)
+            return
+        job.progress = monotonic()
+        buffer = job.buffers.setdefault(fetch.piece, bytearray(size))
+        buffer[fetch.offset : fetch.offset + fetch.length] = data
+        source = job.sources.setdefault(fetch.piece, {})
+        source[fetch.node] = source.get(fetch.node, 0) + len(data)
+        while self._scheduler.finished:
+            index, pieces = self._scheduler.finished.pop()
+            finished = self._jobs.get(index)
+            if finished is not None and not finished.done.done():
+                self._spawn(self._finish(finished, pieces))
+
+    async def _finish(self, job: _Job, pieces: tuple[int, ...]) -> None:
+        """Checks the pieces, puts the chunk together, checks it."""
+        record, entry = job.record, job.record.entry
+        hashes = {place.piece: place.sha256 for place in record.places}
+        parts = {n: bytes(job.buffers[n]) for n in pieces}
+
+        def assemble() -> tuple[list[int], bytes]:
+            bad = [n for n, part in parts.items() if hashlib.sha256(part).digest() != hashes[n]]
+            return bad, b"" if bad else erasure.decode(parts, record.scheme.k, record.scheme.m, entry.size)
+
+        bad, data = await asyncio.to_thread(assemble)
+        if job.done.done():
+            return
+        for n in bad:
+            worst = max(job.sources[n], key=lambda node: job.sources[n][node])
+            self.failures.append((monotonic(), worst, f"piece {n} of chunk {entry.index} is damaged"))
+            del job.buffers[n], job.sources[n]
+            self._scheduler.reject(entry.index, n, worst)
+        if bad:
+            job.failovers += len(bad)
+            self._wake.set()
+            return
+        if hashlib.sha256(data).digest() != entry.sha256:
+            job.done.set_exception(
+                DamagedData(f"the pieces of chunk {entry.index} are as stored, but do not make the chunk")
+            )
+            return
+        served: dict[NodeId, int] = {}
+        for n in pieces:
+            for node, size in job.sources[n].items():
+                served[node] = served.get(node, 0) + size
+        job.done.set_result(FetchedChunk(entry, data, served, monotonic() - job.began, job.failovers))
+
+    async def _reread(self, index: int) -> None:
+        """No named place has it: the register may name others by now."""
+        job = self._jobs.get(index)
+        if job is None or job.done.done():
+            return
+        job.rereads += 1
+        await asyncio.sleep(min(2.0, 0.2 * job.rereads))
+        if job.rereads > 5 or index == INIT_INDEX:
+            job.done.set_exception(self._too_few(job))
+            return
+        try:
+            found = await self._mesh.read(chunk_key(self._video, self._upload, index))
+        except VstackError as e:
+            if not job.done.done():
+                job.done.set_exception(e)
+            return
+        if found.data is not None:
+            job.record = unpack_chunk(found.data)
+        self._want(job)
+        self._wake.set()
+
+    def _too_few(self, job: _Job) -> VstackError:
+        record = job.record
+        why = "; ".join(dict.fromkeys(f"{node[:8]}: {reason}" for _, node, reason in self.failures[-8:]))
+        return MeshUnavailable(
+            f"chunk {record.entry.index} of video {self._video[:8]} cannot be read: {record.scheme.k} pieces "
+            f"are needed of {len(record.places)}, and too few nodes give theirs ({why})"
+        )

@@ -1,0 +1,324 @@
+"""Which block of which chunk is asked of which node, and when: decided here, done elsewhere.
+
+Pure: no sockets and no clock; times are monotonic seconds and come as arguments. The caller says
+what it wants (`want`), asks what to request now (`requests`), and reports what became of each
+request (`received`, `failed`). What is complete appears in `finished`, and what cannot be had from
+the places that were named appears in `stuck`.
+
+The unit of work is a block: a range of one piece, small enough that binding is late and a slow
+node holds up little. `BestHolder` gives each block to the holder that would finish it first by what
+was measured so far; a node that is silent for SILENCE seconds, or whose connection breaks, loses
+its blocks to the next best, and is left alone for a while. Any k pieces of a chunk do: whole
+copies are k = 1, with several holders of one piece.
+
+It never gives up by itself: when all holders are silent it goes on trying them, in turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple, Protocol
+
+from vstack.mesh.config import NodeId
+
+SILENCE = 1.5
+"""Seconds without a byte from a node that owes us some, after which it counts as failed."""
+PRIOR_RATE = 2e6
+"""Bytes a second that an unknown node is expected to give."""
+PRIOR_RTT = 0.02
+FORGET = 30.0
+"""Seconds after which an estimate is not believed any more."""
+MIN_BLOCK, MAX_BLOCK = 64 << 10, 512 << 10
+MIN_SAMPLE = 16 << 10
+TIE = 0.02
+"""Seconds within which two holders count as equally fast."""
+
+
+class PieceWanted(NamedTuple):
+    length: int
+    holders: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One chunk: any `k` of its `pieces` (by number), by `deadline`."""
+
+    index: int
+    deadline: float
+    k: int
+    pieces: Mapping[int, PieceWanted]
+
+
+class Fetch(NamedTuple):
+    """One request to be made now."""
+
+    number: int
+    node: NodeId
+    chunk: int
+    piece: int
+    offset: int
+    length: int
+
+
+class Scheduler(Protocol):
+    """What every policy offers. Numbers in `received` and `failed` are those of `Fetch`."""
+
+    finished: list[tuple[int, tuple[int, ...]]]
+    """Chunks that are complete, with the pieces that are. The caller empties it."""
+    stuck: list[int]
+    """Chunks of which fewer than k pieces have a holder left. The caller empties it."""
+
+    def want(self, wanted: Wanted) -> None: ...
+    def forget(self, index: int) -> None: ...
+    def requests(self, now: float) -> list[Fetch]: ...
+    def received(self, number: int, now: float) -> bool: ...
+    def failed(self, number: int, now: float, *, gone: bool) -> None: ...
+    def reject(self, index: int, piece: int, node: NodeId) -> None: ...
+    def next_wake(self) -> float | None: ...
+
+
+@dataclass(slots=True)
+class _Node:
+    rate: float = 0.0
+    """Bytes a second, smoothed; 0 if never measured."""
+    rtt: float = PRIOR_RTT
+    measured: float = -1e9
+    last_byte: float = -1e9
+    free_at: float = -1e9
+    """When its last answer arrived: service begins there at the earliest."""
+    owed: int = 0
+    requests: dict[int, float] = field(default_factory=dict)
+    failures: int = 0
+    closed_until: float = -1e9
+
+
+@dataclass(slots=True)
+class _Block:
+    offset: int
+    length: int
+    got: bool = False
+    asked: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Piece:
+    length: int
+    holders: list[NodeId]
+    blocks: list[_Block] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.blocks) and all(b.got for b in self.blocks)
+
+
+@dataclass(slots=True)
+class _Chunk:
+    wanted: Wanted
+    pieces: dict[int, _Piece]
+    stuck: bool = False
+
+
+class BestHolder:
+    """The best known holder, then the next."""
+
+    def __init__(self) -> None:
+        self.finished: list[tuple[int, tuple[int, ...]]] = []
+        self.stuck: list[int] = []
+        self.failovers = 0
+        """Blocks that were taken from a failed node and given to another."""
+        self._nodes: dict[NodeId, _Node] = {}
+        self._chunks: dict[int, _Chunk] = {}
+        self._open: dict[int, tuple[Fetch, float, bool]] = {}
+        """Requests under way: what, when sent, and whether its node lost it meanwhile."""
+        self._numbers = count(1)
+
+    # -- what is wanted ---------------------------------------------------------------------------
+
+    def want(self, wanted: Wanted) -> None:
+        """Adds a chunk, or tells newer places of one: blocks that arrived are kept."""
+        old = self._chunks.get(wanted.index)
+        pieces = {n: _Piece(p.length, list(p.holders)) for n, p in wanted.pieces.items()}
+        if old is not None:
+            for n, piece in pieces.items():
+                if n in old.pieces and old.pieces[n].length == piece.length:
+                    piece.blocks = old.pieces[n].blocks
+        self._chunks[wanted.index] = _Chunk(wanted, pieces)
+
+    def forget(self, index: int) -> None:
+        """The chunk is not wanted any more; what arrives for it is wasted."""
+        self._chunks.pop(index, None)
+
+    def reject(self, index: int, piece: int, node: NodeId) -> None:
+        """What `node` holds as this piece is not what it should be: start the piece again without it."""
+        chunk = self._chunks.get(index)
+        if chunk is not None and piece in chunk.pieces:
+            p = chunk.pieces[piece]
+            p.blocks = []
+            p.holders = [n for n in p.holders if n != node]
+
+    # -- what to do -------------------------------------------------------------------------------
+
+    def requests(self, now: float) -> list[Fetch]:
+        """The requests to make now, most urgent first."""
+        self._notice_silence(now)
+        out: list[Fetch] = []
+        for chunk in sorted(self._chunks.values(), key=lambda c: (c.wanted.deadline, c.wanted.index)):
+            for number in self._choose(chunk, now):
+                piece = chunk.pieces[number]
+                for block in piece.blocks:
+                    if block.got or block.asked:
+                        continue
+                    node = min(piece.holders, key=lambda n: self._finish(n, block.length, now))
+                    if not self._has_credit(node, block.length, now):
+                        continue
+                    out.append(self._ask(chunk.wanted.index, number, block, node, now))
+        return out
+
+    def _choose(self, chunk: _Chunk, now: float) -> list[int]:
+        """The pieces to work on: complete or begun ones first, then those that would be here first."""
+
+        def rank(number: int) -> tuple[int, int, int]:
+            piece = chunk.pieces[number]
+            finish = min(self._finish(n, piece.length, now) for n in piece.holders)
+            closed = all(self._node(n).closed_until > now for n in piece.holders)
+            begun = 0 if piece.complete else 1 if piece.blocks and not closed else 2
+            return begun, int(finish / TIE), number
+
+        usable = [n for n, p in chunk.pieces.items() if p.holders or p.complete]
+        if len(usable) < chunk.wanted.k:
+            if not chunk.stuck:
+                chunk.stuck = True
+                self.stuck.append(chunk.wanted.index)
+            return []
+        done = [n for n in usable if chunk.pieces[n].complete]
+        chosen = done + sorted((n for n in usable if n not in done), key=rank)
+        chosen = chosen[: chunk.wanted.k]
+        for number in chosen:
+            piece = chunk.pieces[number]
+            if not piece.blocks:
+                size = self._block_size(piece.holders, now)
+                piece.blocks = [
+                    _Block(at, min(size, piece.length - at)) for at in range(0, piece.length, size)
+                ]
+        return [n for n in chosen if not chunk.pieces[n].complete]
+
+    def _ask(self, index: int, piece: int, block: _Block, node: NodeId, now: float) -> Fetch:
+        fetch = Fetch(next(self._numbers), node, index, piece, block.offset, block.length)
+        block.asked.add(fetch.number)
+        state = self._node(node)
+        state.owed += block.length
+        state.requests[fetch.number] = now
+        self._open[fetch.number] = (fetch, now, False)
+        return fetch
+
+    # -- what happened ----------------------------------------------------------------------------
+
+    def received(self, number: int, now: float) -> bool:
+        """The block is here. True if it was still needed: otherwise its bytes are wasted."""
+        fetch, sent, _ = self._open.pop(number)
+        self._sample(fetch, sent, now)
+        block = self._block_of(fetch)
+        if block is None or block.got:
+            return False
+        block.got = True
+        chunk = self._chunks[fetch.chunk]
+        whole = tuple(sorted(n for n, p in chunk.pieces.items() if p.complete))
+        if len(whole) >= chunk.wanted.k:
+            self.finished.append((fetch.chunk, whole[: chunk.wanted.k]))
+        return True
+
+    def failed(self, number: int, now: float, *, gone: bool) -> None:
+        """The request failed. `gone`: the node answers, but does not have the piece, or not whole."""
+        fetch, _, lost = self._open.pop(number)
+        state = self._node(fetch.node)
+        if state.requests.pop(number, None) is not None:
+            state.owed -= fetch.length
+        block = self._block_of(fetch)
+        if block is not None:
+            block.asked.discard(number)
+        if gone:
+            chunk = self._chunks.get(fetch.chunk)
+            if chunk is not None and fetch.piece in chunk.pieces:
+                piece = chunk.pieces[fetch.piece]
+                piece.holders = [n for n in piece.holders if n != fetch.node]
+        elif not lost:
+            self._close(fetch.node, now)
+
+    def next_wake(self) -> float | None:
+        """When `requests` may have something new to say, if nothing happens before."""
+        times = [
+            max(n.last_byte, min(n.requests.values())) + SILENCE for n in self._nodes.values() if n.requests
+        ]
+        if self._chunks and not times:
+            times = [n.closed_until for n in self._nodes.values() if n.closed_until > 0]
+        return min(times, default=None)
+
+    # -- what is known of the nodes ---------------------------------------------------------------
+
+    def _node(self, node: NodeId) -> _Node:
+        return self._nodes.setdefault(node, _Node())
+
+    def _rate(self, state: _Node, now: float) -> float:
+        return state.rate if state.rate and now - state.measured < FORGET else PRIOR_RATE
+
+    def _finish(self, node: NodeId, size: int, now: float) -> float:
+        """Seconds until `size` more bytes of this node would be here."""
+        state = self._node(node)
+        penalty = 1000.0 + state.closed_until - now if state.closed_until > now else 0.0
+        return penalty + state.rtt + (state.owed + size) / self._rate(state, now)
+
+    def _has_credit(self, node: NodeId, size: int, now: float) -> bool:
+        state = self._node(node)
+        if not state.rate or state.failures:
+            return not state.requests
+        window = self._rate(state, now) * (state.rtt + 0.15) / size
+        return len(state.requests) < max(2, min(16, window))
+
+    def _block_size(self, holders: Sequence[NodeId], now: float) -> int:
+        rate = max((self._rate(self._node(n), now) for n in holders), default=PRIOR_RATE)
+        return int(max(MIN_BLOCK, min(MAX_BLOCK, rate * 0.05)))
+
+    def _sample(self, fetch: Fetch, sent: float, now: float) -> None:
+        state = self._node(fetch.node)
+        if state.requests.pop(fetch.number, None) is not None:
+            state.owed -= fetch.length
+        began = max(state.free_at, sent)
+        busy = max(1e-4, now - began)
+        if fetch.length >= MIN_SAMPLE:
+            sample = fetch.length / busy
+            old = state.rate if state.rate and now - state.measured < FORGET else sample
+            state.rate = max(2000.0, old + (sample - old) * 0.3)
+            state.measured = now
+        state.rtt += (min(0.5, max(0.0005, now - sent)) - state.rtt) * 0.1
+        state.free_at = state.last_byte = now
+        state.failures = 0
+        state.closed_until = -1e9
+
+    def _notice_silence(self, now: float) -> None:
+        for node, state in self._nodes.items():
+            if state.requests and now - max(state.last_byte, min(state.requests.values())) >= SILENCE:
+                self._close(node, now)
+
+    def _close(self, node: NodeId, now: float) -> None:
+        """The node failed: its blocks return at once, and it is left alone for a while."""
+        state = self._node(node)
+        state.failures += 1
+        state.closed_until = now + min(5.0, 0.5 * 2**state.failures)
+        for number in list(state.requests):
+            fetch, sent, _ = self._open[number]
+            self._open[number] = (fetch, sent, True)
+            block = self._block_of(fetch)
+            if block is not None and not block.got:
+                block.asked.discard(number)
+                self.failovers += 1
+        state.requests.clear()
+        state.owed = 0
+
+    def _block_of(self, fetch: Fetch) -> _Block | None:
+        chunk = self._chunks.get(fetch.chunk)
+        piece = chunk.pieces.get(fetch.piece) if chunk else None
+        if piece is None:
+            return None
+        return next((b for b in piece.blocks if b.offset == fetch.offset and b.length == fetch.length), None)

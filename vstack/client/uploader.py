@@ -1,0 +1,501 @@
+"""Upload: a file becomes chunks on nodes, and a video in the catalogue.
+
+    hash the source -> open the video register -> for each chunk, several at once:
+    cut, encode, place, write pieces, register -> turn the video register to ready
+
+The id is the SHA-256 of the source. Everything up to the last step can be repeated: pieces of an
+upload have the same names and bytes each time, registers are created by compare-and-swap, and
+chunks that are registered already are skipped. So an upload that was interrupted resumes where it
+stopped, and a repeated one copies nothing. The video is visible only once it is ready.
+
+A chunk counts as uploaded when its pieces are on disk, those outside any one node still number k,
+and its register is chosen. Never earlier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from vstack import erasure
+from vstack.client.catalogue import Video, read_video
+from vstack.client.chunker import Chunk, CutRules, Ingest, ProofFailed, recipe
+from vstack.client.mesh_client import Change, MeshClient
+from vstack.errors import BadInput, MeshUnavailable, VstackError
+from vstack.mesh.config import NodeId
+from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.messages import Mismatch
+from vstack.mesh.placement import choose_scheme, next_holder, order, shortfall, survives, wanted_scheme
+from vstack.mesh.registers import (
+    INIT_INDEX,
+    UPLOADED,
+    ChunkEntry,
+    ChunkRecord,
+    InitPiece,
+    Media,
+    PieceKey,
+    Place,
+    Redundancy,
+    Scheme,
+    UploadId,
+    VideoRecord,
+    chunk_key,
+    chunk_prefix,
+    pack,
+    table_hash,
+    unpack_chunk,
+    video_key,
+)
+
+IN_FLIGHT_BYTES = 24 << 20
+"""Chunk bytes that are being written at once, before redundancy."""
+HASH_BLOCK = 4 << 20
+BUSY_TRIES = 50
+
+
+@dataclass(frozen=True)
+class UploadOptions:
+    title: str = ""
+    """Empty: the file's name without its extension."""
+    redundancy: Redundancy | None = None
+    """None: auto for a new video, unchanged for a known one."""
+    opaque: bool = False
+    salvage: bool = False
+    rules: CutRules = field(default_factory=CutRules)
+
+
+@dataclass
+class Progress:
+    """What an upload is doing; given to the callback whenever it changes."""
+
+    stage: str = "checking"
+    """checking, hashing, uploading, finishing or done."""
+    done: int = 0
+    """Bytes of the source."""
+    total: int = 0
+    resumed: int = 0
+    """Chunks that were there already."""
+    chunks: int = 0
+
+
+@dataclass(frozen=True)
+class UploadResult:
+    video: Video
+    state: str
+    """new, resumed, present, updated, undeleted."""
+    chunks: int
+    resumed: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+class LostToAnother(VstackError):
+    """Somebody else aborted or replaced this upload meanwhile."""
+
+
+async def upload(
+    mesh: MeshClient,
+    path: Path,
+    options: UploadOptions | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> UploadResult:
+    """Stores `path`; its video is readable by everybody when this returns.
+
+    Raises BadInput, MeshUnavailable, OutcomeUnknown, LostToAnother. Cancelling it loses nothing: the
+    same call resumes.
+    """
+    options = options or UploadOptions()
+    progress = Progress()
+    on_progress(progress)
+    began = time.monotonic()
+    make = _IngestFactory(path, options)
+    ingest = await asyncio.to_thread(make, None)
+    progress.total, progress.stage = ingest.source_size, "hashing"
+    video_id = await asyncio.to_thread(_hash_file, path, progress, on_progress)
+    while True:
+        run = _Upload(mesh, video_id, path, options, ingest, progress, on_progress)
+        try:
+            video, state = await run.run()
+        except ProofFailed:
+            await run.abort()
+            if not ingest.alternatives:
+                raise
+            ingest = await asyncio.to_thread(make, ingest.alternatives[0])
+            continue
+        except BadInput:
+            await run.abort()
+            raise
+        progress.stage, progress.done = "done", progress.total
+        on_progress(progress)
+        return UploadResult(
+            video, state, video.record.chunks, progress.resumed, time.monotonic() - began, tuple(run.warnings)
+        )
+
+
+@dataclass(frozen=True)
+class _IngestFactory:
+    path: Path
+    options: UploadOptions
+
+    def __call__(self, container: str | None) -> Ingest:
+        o = self.options
+        return Ingest(self.path, o.rules, container=container, opaque=o.opaque, salvage=o.salvage)
+
+
+def _hash_file(path: Path, progress: Progress, on_progress: Callable[[Progress], None]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(HASH_BLOCK):
+            digest.update(block)
+            progress.done += len(block)
+            on_progress(progress)
+    return digest.hexdigest()
+
+
+class _Upload:
+    """One try at one upload, with one way of cutting."""
+
+    def __init__(
+        self,
+        mesh: MeshClient,
+        video_id: str,
+        path: Path,
+        options: UploadOptions,
+        ingest: Ingest,
+        progress: Progress,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.mesh = mesh
+        self.id = video_id
+        self.path = path
+        self.options = options
+        self.ingest = ingest
+        self.progress = progress
+        self.on_progress = on_progress
+        self.warnings: list[str] = []
+        self._open: Video | None = None
+        self._registrar = _Registrar(mesh)
+        self._writer = _PieceWriter(mesh, video_id)
+
+    async def run(self) -> tuple[Video, str]:
+        found = await read_video(self.mesh, self.id)
+        if found is not None and found.record.state in ("ready", "deleted"):
+            return await self._update(found)
+        if found is not None and found.record.state == "purging":
+            raise VstackError(f"video {self.id[:12]} is being removed for good: try again when that is done")
+        self._open, known = await self._open_upload(found)
+        self.progress.stage, self.progress.done = "uploading", 0
+        self.on_progress(self.progress)
+        entries, init, media = await self._store_chunks(self._open.upload, known)
+        self.progress.stage = "finishing"
+        self.on_progress(self.progress)
+        record = msgspec.structs.replace(
+            self._open.record,
+            state="ready",
+            upload=self._open.upload,
+            media=_bounded(media),
+            init=init,
+            chunks=len(entries),
+            size=sum(e.size for e in entries),
+            table=table_hash(entries),
+        )
+        return await self._finish(record), "resumed" if known else "new"
+
+    async def abort(self) -> None:
+        """Gives the upload up, if it was opened: its pieces are garbage from now on."""
+        if self._open is not None:
+            record = msgspec.structs.replace(self._open.record, state="aborted", upload=self._open.upload)
+            await self.mesh.change(Change(video_key(self.id), self._open.version, pack(record)))
+
+    # -- the video register -----------------------------------------------------------------------
+
+    def _title(self) -> str:
+        return (self.options.title or self.path.stem)[:200]
+
+    async def _open_upload(self, found: Video | None) -> tuple[Video, dict[int, ChunkRecord]]:
+        """The open upload, ours or one to go on with, and the chunks that it has already."""
+        wanted = f"{recipe(self.options.rules)}; {self.ingest.container}"
+        while True:
+            if found is not None and found.record.state == "uploading" and found.record.recipe == wanted:
+                if self._title() != found.record.title and self.options.title:
+                    self.warnings.append(
+                        f"an upload under the title {found.record.title!r} goes on: it stands"
+                    )
+                page = await self.mesh.list(chunk_prefix(self.id, found.upload))
+                known = [unpack_chunk(row.data) for row in page.rows]
+                return found, {r.entry.index: r for r in known}
+            record = VideoRecord(
+                state="uploading",
+                title=self._title(),
+                redundancy=self.options.redundancy or "auto",
+                recipe=wanted,
+                source_size=self.ingest.source_size,
+            )
+            expect = found.version if found else (await self.mesh.read(video_key(self.id))).version
+            outcome = await self.mesh.change(Change(video_key(self.id), expect, pack(record)))
+            if not isinstance(outcome, Mismatch):
+                return Video(self.id, outcome.version, record), {}
+            found = await read_video(self.mesh, self.id)
+
+    async def _update(self, found: Video) -> tuple[Video, str]:
+        """The bytes are here already: a new title or redundancy, or the return of what was deleted."""
+        record = msgspec.structs.replace(
+            found.record,
+            state="ready",
+            upload=found.upload,
+            title=self.options.title[:200] or found.record.title,
+            redundancy=self.options.redundancy or found.record.redundancy,
+        )
+        if record == msgspec.structs.replace(found.record, upload=found.upload):
+            return found, "present"
+        outcome = await self.mesh.change(Change(video_key(self.id), found.version, pack(record)))
+        if isinstance(outcome, Mismatch):
+            raise LostToAnother(f"video {self.id[:12]} was changed by somebody else just now: try again")
+        state = "undeleted" if found.record.state == "deleted" else "updated"
+        return Video(self.id, outcome.version, record), state
+
+    async def _finish(self, record: VideoRecord) -> Video:
+        assert self._open is not None
+        outcome = await self.mesh.change(Change(video_key(self.id), self._open.version, pack(record)))
+        if not isinstance(outcome, Mismatch):
+            return Video(self.id, outcome.version, record)
+        now = await read_video(self.mesh, self.id)
+        if now is not None and now.record.state == "ready" and now.record.table == record.table:
+            return now  # another client finished the same upload
+        raise LostToAnother(f"the upload of {self.path} was aborted or replaced by somebody else: try again")
+
+    # -- the chunks -------------------------------------------------------------------------------
+
+    async def _store_chunks(
+        self, upload: UploadId, known: dict[int, ChunkRecord]
+    ) -> tuple[list[ChunkEntry], InitPiece | None, Media]:
+        assert self._open is not None
+        scheme = self._scheme(self._open.record.redundancy)
+        entries: list[ChunkEntry] = []
+        room = _Room(IN_FLIGHT_BYTES)
+        chunks = self.ingest.chunks()
+        init: asyncio.Task[InitPiece | None] | None = None
+        with one_error():
+            async with asyncio.TaskGroup() as group:
+                while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                    if init is None:
+                        init = group.create_task(self._store_init(upload))
+                    entries.append(chunk.entry)
+                    self.progress.chunks = len(entries)
+                    there = known.get(chunk.entry.index)
+                    if there is not None:
+                        if there.entry != chunk.entry:
+                            raise ProofFailed(
+                                f"{self.path} is cut differently than in the upload that was begun"
+                            )
+                        self.progress.resumed += 1
+                        self._tell()
+                        continue
+                    await room.take(len(chunk.data))
+                    group.create_task(self._store_chunk(upload, chunk, scheme, room))
+        if init is None:
+            raise BadInput(f"{self.path} holds nothing to store")
+        return entries, init.result(), self.ingest.media
+
+    def _scheme(self, redundancy: Redundancy) -> Scheme:
+        wanted = wanted_scheme(redundancy)
+        scheme = choose_scheme(wanted, len(self.mesh.members))
+        short = shortfall(wanted, scheme)
+        if short:
+            self.warnings.append(f"{short}: the mesh has {len(self.mesh.members)} nodes")
+        return scheme
+
+    async def _store_chunk(self, upload: UploadId, chunk: Chunk, scheme: Scheme, room: _Room) -> None:
+        entry = chunk.entry
+        try:
+            places = await self._writer.write(upload, entry.index, chunk.data, scheme)
+        finally:
+            room.give(len(chunk.data))
+        record = ChunkRecord(entry, scheme, UPLOADED, places)
+        key = chunk_key(self.id, upload, entry.index)
+        outcome = await self._registrar.create(Change(key, 0, pack(record)))
+        if isinstance(outcome, Mismatch):
+            theirs = unpack_chunk(outcome.data) if outcome.data is not None else None
+            if theirs is None or theirs.entry != entry:
+                raise LostToAnother(f"chunk {entry.index} of {self.path} was registered with other content")
+        self._tell()
+
+    def _tell(self) -> None:
+        self.progress.done = self.ingest.progress
+        self.on_progress(self.progress)
+
+    async def _store_init(self, upload: UploadId) -> InitPiece | None:
+        data = self.ingest.init
+        if not data:
+            return None
+        scheme = choose_scheme(Scheme(1, 3), len(self.mesh.members))
+        places = await self._writer.write(upload, INIT_INDEX, data, scheme)
+        return InitPiece(len(data), hashlib.sha256(data).digest(), places)
+
+
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Raises the first error of a task group by itself: what a caller can name and catch."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+
+
+def _bounded(media: Media) -> Media:
+    """Keeps the register small: of what was lost, the first few lines."""
+    if len(media.lost) <= 8:
+        return media
+    more = f"and {len(media.lost) - 7} more"
+    return msgspec.structs.replace(media, lost=(*(line[:120] for line in media.lost[:7]), more))
+
+
+class _Room:
+    """Lets chunks of so many bytes be under way at once; one alone may be larger."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._used = 0
+        self._freed = asyncio.Event()
+
+    async def take(self, size: int) -> None:
+        while self._used and self._used + size > self._size:
+            self._freed.clear()
+            await self._freed.wait()
+        self._used += size
+
+    def give(self, size: int) -> None:
+        self._used -= size
+        self._freed.set()
+
+
+class _Registrar:
+    """Creates registers in batches: while one batch is under way, the next gathers."""
+
+    def __init__(self, mesh: MeshClient) -> None:
+        self._mesh = mesh
+        self._waiting: list[tuple[Change, asyncio.Future[object]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def create(self, change: Change) -> object:
+        """Ok or Mismatch. Raises OutcomeUnknown."""
+        done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self._waiting.append((change, done))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+        return await done
+
+    async def _run(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            try:
+                outcomes = await self._mesh.change_all([change for change, _ in batch])
+            except VstackError as e:
+                for _, done in batch:
+                    if not done.done():
+                        done.set_exception(e)
+                continue
+            for (_, done), outcome in zip(batch, outcomes, strict=True):
+                if not done.done():
+                    done.set_result(outcome)
+
+
+class _PieceWriter:
+    """Writes the pieces of a chunk to nodes, and to others where those fail."""
+
+    def __init__(self, mesh: MeshClient, video: str) -> None:
+        self._mesh = mesh
+        self._video = video
+        self._down: dict[NodeId, str] = {}
+        """Nodes that failed a write of this upload, and why."""
+
+    async def write(self, upload: UploadId, index: int, data: bytes, scheme: Scheme) -> tuple[Place, ...]:
+        """On disk, all of them, when this returns. Raises MeshUnavailable if too few nodes took theirs."""
+        pieces, hashes = await asyncio.to_thread(_encode, data, scheme)
+        ranked = order(self._mesh.members, self._video, index)
+        unusable = {m.node for m in ranked if m.node in self._down or self._mesh.silent(m.node)}
+        if len(ranked) - len(unusable) < min(scheme.m, len(ranked)):
+            unusable = set()  # too few others: try them again
+        taken: dict[int, NodeId] = {}
+        todo = list(range(scheme.m))
+        while todo:
+            tries: list[tuple[int, NodeId]] = []
+            for piece in todo:
+                member = next_holder(ranked, [*taken.values(), *(n for _, n in tries)], unusable)
+                if member is None:
+                    raise self._too_few(index, scheme)
+                if scheme.k == 1 and member.node in [*taken.values(), *(n for _, n in tries)]:
+                    continue  # a second copy on one node would be none
+                tries.append((piece, member.node))
+            if not tries:
+                break
+            results = await asyncio.gather(
+                *(self._put(n, upload, index, p, data, pieces[p], hashes[p], scheme) for p, n in tries)
+            )
+            for (piece, node), why in zip(tries, results, strict=True):
+                if why is None:
+                    taken[piece] = node
+                else:
+                    unusable.add(node)
+                    self._down[node] = why
+            todo = [p for p in todo if p not in taken]
+        holders = list(taken.values())
+        if not survives(scheme, holders) and len(self._mesh.members) > 1:
+            raise self._too_few(index, scheme)
+        number = 0 if scheme.k == 1 else None
+        return tuple(
+            Place(node, piece if number is None else number, hashes[piece])
+            for piece, node in sorted(taken.items())
+        )
+
+    async def _put(
+        self,
+        node: NodeId,
+        upload: UploadId,
+        index: int,
+        piece: int,
+        data: bytes,
+        payload: bytes,
+        sha256: bytes,
+        scheme: Scheme,
+    ) -> str | None:
+        """None if it is on that node's disk now, else why not."""
+        key = PieceKey(self._video, upload, index, 0 if scheme.k == 1 else piece, UPLOADED)
+        for attempt in range(BUSY_TRIES):
+            try:
+                await self._mesh.put_piece(node, key, scheme, len(data), sha256, payload)
+            except Refused as e:
+                if e.code != "busy":
+                    return str(e)
+                await asyncio.sleep(min(0.5, 0.02 * 2**attempt) * (0.5 + os.urandom(1)[0] / 255))
+            except NoAnswer as e:
+                return str(e)
+            else:
+                return None
+        return f"node {node[:8]} stayed busy"
+
+    def _too_few(self, index: int, scheme: Scheme) -> MeshUnavailable:
+        why = "; ".join(f"{node[:8]}: {reason}" for node, reason in self._down.items())
+        what = "the init segment" if index == INIT_INDEX else f"chunk {index}"
+        return MeshUnavailable(
+            f"too few nodes take pieces: {what} needs {scheme.name}, such that any one node may be lost "
+            f"({why or 'no node is usable'}). Start the nodes that are down, and upload again to resume"
+        )
+
+
+def _encode(data: bytes, scheme: Scheme) -> tuple[Sequence[bytes], list[bytes]]:
+    pieces = erasure.encode(data, scheme.k, scheme.m)
+    if scheme.k == 1:
+        return pieces, [hashlib.sha256(data).digest()] * scheme.m
+    return pieces, [hashlib.sha256(p).digest() for p in pieces]

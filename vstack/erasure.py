@@ -1,0 +1,48 @@
+"""The erasure code: any k of m fragments give a chunk back. A leaf that nodes and clients both import.
+
+Reed-Solomon over GF(2^8) by zfec, systematic: the first k fragments are the chunk itself, cut in k
+equal parts, the last one padded with zeros to `fragment_size`. The chunk's true length and every
+fragment's SHA-256 are in its register.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import zfec
+
+from vstack.errors import DamagedData
+
+
+def fragment_size(length: int, k: int) -> int:
+    """Bytes of each fragment of a chunk of `length` bytes."""
+    return -(-length // k)
+
+
+def encode(data: bytes, k: int, m: int) -> list[bytes]:
+    """The m fragments of `data`, by number. k = 1 gives m times the data itself."""
+    if k == 1:
+        return [data] * m
+    size = fragment_size(len(data), k)
+    blocks = [data[i * size : (i + 1) * size] for i in range(k)]
+    blocks = [b if len(b) == size else b + bytes(size - len(b)) for b in blocks]
+    return [bytes(b) for b in zfec.Encoder(k, m).encode(blocks)]
+
+
+def decode(fragments: Mapping[int, bytes], k: int, m: int, length: int) -> bytes:
+    """The chunk of `length` bytes, from any k of its fragments by number. k = 1: from any copy.
+
+    Raises DamagedData if there are fewer than k, or if their sizes are not that of a fragment. Says
+    nothing about their content: the caller checks hashes.
+    """
+    size = fragment_size(length, k)
+    whole = {i: f for i, f in fragments.items() if 0 <= i < m and len(f) == size}
+    if len(whole) < k:
+        raise DamagedData(f"{k} fragments of {size} bytes are needed, {len(whole)} are there")
+    numbers = sorted(whole)[:k]  # the systematic ones first: they need no arithmetic
+    if k == 1:
+        return whole[numbers[0]]
+    blocks = [whole[i] for i in numbers]
+    if numbers != list(range(k)):
+        blocks = zfec.Decoder(k, m).decode(blocks, numbers)
+    return b"".join(blocks)[:length]
