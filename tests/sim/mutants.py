@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
+from random import Random
 
 import msgspec
 
 from vstack.errors import DamagedData
-from vstack.mesh.config import NodeId
+from vstack.mesh.config import NodeId, View
 from vstack.mesh.messages import (
     ABSENT,
     EMPTY,
@@ -35,7 +37,7 @@ from vstack.mesh.messages import (
 )
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.paxos.change import apply
-from vstack.mesh.paxos.proposer import Attempt, KeyState, Phase, Proposer, Waiting
+from vstack.mesh.paxos.proposer import Attempt, KeyState, Phase, Proposer, Timing, Waiting
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,16 @@ class RoundsStartOver(Proposer):
 
     def _own_round(self, key: str) -> int:
         return 0
+
+
+class TokensStartOver(Proposer):
+    """A read's token names no process, so replies to an earlier process count."""
+
+    def __init__(
+        self, me: NodeId, boot: int, view: View, acceptor: Acceptor, rng: Random, timing: Timing | None = None
+    ) -> None:
+        super().__init__(me, boot, view, acceptor, rng, timing)
+        self._tokens = count(1)
 
 
 class OldPromisesCount(Proposer):
@@ -336,6 +348,7 @@ MUTANTS = {
         Variant("B4-ballots-without-owner", proposer=BallotsWithoutOwner),
         Variant("B5-boot-stands-still", boot_counts=False),
         Variant("B5-boot-and-rounds-start-over", proposer=RoundsStartOver, boot_counts=False),
+        Variant("B5-tokens-start-over", proposer=TokensStartOver),
         Variant("B6-old-promises-count", proposer=OldPromisesCount),
         Variant("B7-highest-of-mixed-quorum", proposer=HighestOfMixedQuorum),
         Variant("B7-mismatch-without-decision", proposer=MismatchWithoutDecision),

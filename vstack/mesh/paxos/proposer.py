@@ -132,7 +132,8 @@ class Proposer:
         """Operations that have no outcome yet."""
         self._rng = rng
         self._round = 0
-        self._tokens = count(1)
+        self._tokens = count((boot << 40) + 1)
+        """Never the token of an earlier process of this node: its replies may still be on their way."""
         self._timer_order = count()
         self._keys: dict[str, KeyState] = {}
         self._timers: list[tuple[float, int, str, Attempt | None]] = []
