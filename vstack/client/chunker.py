@@ -113,7 +113,7 @@ class Ingest:
         return self._opaque_chunks() if self._muxer is None else self._media_chunks(self._muxer)
 
     def _choose(self, container: str | None) -> Muxer:
-        with open_source(self.path, salvage=self._salvage) as source:
+        with open_source(self.path, check_length=not self._salvage) as source:
             names = list(candidates(format_name(source)))
         if container is not None:
             names = names[names.index(container) :] if container in names else [container]
@@ -178,7 +178,7 @@ class Ingest:
             self.progress = min(run.progress, self.source_size)
             yield from cutter.add(fragment)
         if cutter is not None:
-            yield from cutter.finish()
+            yield from cutter.finish(run.end)
 
 
 def _chunk(index: int, cut: Cut, end: int) -> Chunk:

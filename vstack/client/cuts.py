@@ -88,15 +88,15 @@ class Cutter:
             self._group, self._group_dependent = [], True
         self._group.append(fragment)
 
-    def finish(self) -> Iterator[Cut]:
-        """Yield what is left."""
-        yield from self._close_group(None)
+    def finish(self, end: int) -> Iterator[Cut]:
+        """Yield what is left of a video that ends at tick `end`."""
+        yield from self._close_group(end)
         if self._chunk:
             yield self._cut(self._chunk, False)
             self._chunk = []
 
     def _close_group(self, end: int | None) -> Iterator[Cut]:
-        """The group ends where the next starts, at tick `end` (None: at the end of the video)."""
+        """The group ends where the next one starts, at tick `end` (None: that has no time)."""
         if not self._group:
             return
         if self._group_dependent:
@@ -111,8 +111,6 @@ class Cutter:
     def _too_long(self, end: int | None) -> bool:
         """Whether chunk and group together pass the bounds."""
         start = _start(self._chunk)
-        if end is None:
-            end = max((f.start for f in self._group if f.start is not None), default=start)
         if start is not None and end is not None:
             seconds = (end - start) * self._tick
             # A hundredth more: groups of two seconds last 2.002 s at 23.976 frames per second.

@@ -61,6 +61,8 @@ class _Job:
     sources: dict[int, dict[NodeId, int]] = field(default_factory=dict)
     """Bytes by piece and node."""
     failovers: int = 0
+    failed_at: float | None = None
+    """When a request failed, until the next byte arrives."""
     rereads: int = 0
 
 
@@ -88,6 +90,8 @@ class ChunkFetcher:
         self.bytes_wasted = 0
         self.failures: list[tuple[float, NodeId, str]] = []
         """When (monotonic seconds), who and why, for every request that failed."""
+        self.failover_times: list[float] = []
+        """Seconds from a request's failure to the next byte for its chunk."""
 
     async def __aenter__(self) -> ChunkFetcher:
         self._pump = asyncio.create_task(self._run())
@@ -167,6 +171,7 @@ class ChunkFetcher:
             self.failures.append((monotonic(), fetch.node, str(e)))
             if job is not None:
                 job.failovers += 1
+                job.failed_at = job.failed_at or monotonic()
             self._scheduler.failed(fetch.number, monotonic(), gone=gone)
         else:
             self._take(fetch, job, data, size)
@@ -178,6 +183,9 @@ class ChunkFetcher:
             self.bytes_wasted += len(data)
             return
         job.progress = monotonic()
+        if job.failed_at is not None:
+            self.failover_times.append(job.progress - job.failed_at)
+            job.failed_at = None
         buffer = job.buffers.setdefault(fetch.piece, bytearray(size))
         buffer[fetch.offset : fetch.offset + fetch.length] = data
         source = job.sources.setdefault(fetch.piece, {})

@@ -18,10 +18,10 @@ from vstack.errors import BadInput
 AS_IT_IS = "--opaque stores its bytes as they are"
 
 
-def open_source(path: Path, *, salvage: bool) -> InputContainer:
+def open_source(path: Path, *, check_length: bool = True) -> InputContainer:
     """Open `path` for demuxing. Raises BadInput unless it has packets of codecs that can be carried.
 
-    With `salvage`, a file that was cut short is taken for what is left of it.
+    Without `check_length`, a file that was cut short is taken for what is left of it.
     """
     check_readable(path)
     head = _head(path)
@@ -35,7 +35,7 @@ def open_source(path: Path, *, salvage: bool) -> InputContainer:
         raise BadInput(f"{path} is not a media file that FFmpeg can read; {AS_IT_IS}") from error
     try:
         _check_tracks(path, source)
-        if not salvage:
+        if check_length:
             _check_length(path, head, source)
     except BaseException:
         source.close()

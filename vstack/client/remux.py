@@ -106,7 +106,10 @@ class Remux:
     """Use once: read `fragments` to the end. `clock` and `init` hold from the first fragment on."""
 
     def __init__(self, path: Path, muxer: Muxer, *, salvage: bool = False, trial: bool = False) -> None:
-        """`trial` stops after the beginning of the source, as if it ended there."""
+        """`path` is a file that `open_source` has accepted before. `salvage` ends quietly where it breaks off.
+
+        `trial` stops after the beginning of the source, as if it ended there.
+        """
         self._path = path
         self._muxer = muxer
         self._salvage = salvage
@@ -129,7 +132,7 @@ class Remux:
     def fragments(self) -> Iterator[Fragment]:
         """Raises ProofFailed, or BadInput if the source cannot be read or breaks off."""
         with ExitStack() as stack:
-            source = stack.enter_context(open_source(self._path, salvage=self._salvage))
+            source = stack.enter_context(open_source(self._path, check_length=False))
             self.source_format = format_name(source)
             proof = Proof(source)
             output = self._output(source, proof)
