@@ -120,7 +120,7 @@ def open_input(file: Path | BinaryIO | Feed, container: str | None = None) -> In
     )
 
 
-def open_output(file: Path | Sink, muxer: str, options: Mapping[str, str]) -> OutputContainer:
+def open_output(file: Path | Sink | BinaryIO, muxer: str, options: Mapping[str, str]) -> OutputContainer:
     """Open for muxing, without the date, the random ids and the version that FFmpeg else writes."""
     out = av.open(
         str(file) if isinstance(file, Path) else file,

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -28,7 +29,7 @@ from vstack.client.containers import (
     open_output,
     tracks_of,
 )
-from vstack.client.feed import Feed, Sink
+from vstack.client.feed import Feed
 from vstack.errors import DamagedData, UsageError, VstackError
 from vstack.mesh.registers import Media
 
@@ -100,16 +101,24 @@ def write_file(
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if media.container == "opaque" or MUXERS.get(path.suffix.lower()) == media.container == "mpegts":
-            _write_bytes(parts, part)
+            _write_bytes(parts, part, path)
         else:
             _write_media(media, Feed(parts), part, path)
-        _into_place(part, path)
-    except BaseException as error:
-        with suppress(FileNotFoundError):
+        with _writing(path):
+            _into_place(part, path)
+    except BaseException:
+        with suppress(OSError):
             part.unlink()
-        if isinstance(error, OSError) and not isinstance(error, av.error.FFmpegError):
-            raise VstackError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An error of the operating system in here means that the file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise VstackError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _counted(chunks: Iterable[bytes], on_progress: Callable[[int], None] | None) -> Iterator[bytes]:
@@ -121,10 +130,13 @@ def _counted(chunks: Iterable[bytes], on_progress: Callable[[int], None] | None)
             on_progress(done)
 
 
-def _write_bytes(parts: Iterator[bytes], part: Path) -> None:
-    with part.open("wb") as file:
+def _write_bytes(parts: Iterator[bytes], part: Path, path: Path) -> None:
+    with ExitStack() as stack:
+        with _writing(path):
+            file = stack.enter_context(part.open("wb"))
         for data in parts:
-            file.write(data)
+            with _writing(path):
+                file.write(data)
 
 
 def _write_media(media: Media, feed: Feed, part: Path, path: Path) -> None:
@@ -137,14 +149,18 @@ def _write_media(media: Media, feed: Feed, part: Path, path: Path) -> None:
         feed.check()
         raise DamagedData(f"the stored video cannot be read ({error.strerror})") from error
     with source:
-        count = len(media.tracks)
         try:
-            _copy(media, source, part, muxer)
-        except ValueError as error:
+            with _writing(path):
+                _copy(media, source, part, muxer)
+        except (av.error.FFmpegError, ValueError) as error:
             feed.check()
-            fit = " or ".join(_holding(source, count))
+            fit = _holding(source, len(media.tracks))
             reason = error.strerror if isinstance(error, av.error.FFmpegError) else error
-            raise UsageError(f"{path.suffix} cannot hold this video ({reason}); use {fit}") from error
+            if path.suffix.lower() in fit:
+                raise DamagedData(f"the stored video cannot be copied to {path} ({reason})") from error
+            raise UsageError(
+                f"{path.suffix} cannot hold this video ({reason}); use {' or '.join(fit)}"
+            ) from error
         feed.check()
 
 
@@ -176,10 +192,9 @@ def _copy(media: Media, source: InputContainer, part: Path, muxer: str) -> None:
 def _holding(source: InputContainer, count: int) -> list[str]:
     """Extensions of containers that take the tracks of `source`."""
     fit = []
-    for extension in _USUAL.values():
-        muxer = MUXERS[extension]
+    for extension, muxer in MUXERS.items():
         try:
-            with open_output(Sink(), muxer, {}) as out:
+            with open_output(BytesIO(), muxer, {}) as out:
                 copy_tracks(source, out, attachments=False, count=count)
                 out.start_encoding()
         except (av.error.FFmpegError, ValueError):

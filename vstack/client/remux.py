@@ -106,7 +106,7 @@ class Remux:
     """Use once: read `fragments` to the end. `clock` and `init` hold from the first fragment on."""
 
     def __init__(self, path: Path, muxer: Muxer, *, salvage: bool = False, trial: bool = False) -> None:
-        """`path` is a file that `open_source` has accepted before. `salvage` ends quietly where it breaks off.
+        """`path` was accepted by `open_source` before. `salvage` ends quietly where it breaks off.
 
         `trial` stops after the beginning of the source, as if it ended there.
         """
