@@ -17,6 +17,7 @@ import pytest
 
 from tests.store_helpers import (
     VIDEO,
+    Crash,
     FailingDisk,
     PlainDisk,
     SmallDisk,
@@ -31,6 +32,9 @@ from tests.store_helpers import (
 )
 from vstack.errors import DamagedData, VstackError
 from vstack.mesh.registers import PieceKey
+from vstack.node.disk import Disk
+from vstack.node.files import OpenFiles
+from vstack.node.index import IndexDamaged
 from vstack.node.store import (
     ChunkStore,
     PieceNotFound,
@@ -38,7 +42,14 @@ from vstack.node.store import (
     StoreFull,
     WriteFailed,
 )
-from vstack.node.superblock import FILE_HEADER_BYTES, RECORD_HEADER_BYTES
+from vstack.node.superblock import (
+    FILE_HEADER_BYTES,
+    RECORD_HEADER_BYTES,
+    Appender,
+    FileHeader,
+    Kind,
+    Record,
+)
 
 
 @pytest.fixture
@@ -262,18 +273,40 @@ def test_an_index_found_damaged_while_running_is_not_trusted_by_the_next_start(t
     store._index._db.flush()
     store.close()
     for path in (tmp_path / "index").glob("*.sst"):
-        with path.open("r+b") as file:
-            file.write(bytes(path.stat().st_size // 2))
+        at = path.read_bytes().find(pieces[150].sha256)
+        if at >= 0:
+            flip(path, at)
     store = open_store(tmp_path)
-    try:
-        for piece in pieces:
-            store.info(piece.key)
-        assert store.stats().start.rebuilt
-    except VstackError:
-        abandon(store)
-        store = open_store(tmp_path)
-        assert store.stats().start.rebuilt
+    assert not store.stats().start.rebuilt
+    with pytest.raises(IndexDamaged):
+        store.list()
+    store.close()
+    store = open_store(tmp_path)
+    assert store.stats().start.rebuilt
     assert contents(store) == {piece.key: piece.payload for piece in pieces}
+    store.close()
+
+
+def test_a_scan_that_is_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path)
+    pieces = [piece_of(n, bytes([n]) * 100) for n in range(10)]
+    store.put(pieces)
+    path, offset = payload_place(tmp_path, store, pieces[3].key)
+    abandon(store)
+    flip(path, offset)
+    shutil.rmtree(tmp_path / "index")
+    monkeypatch.setattr("vstack.node.recovery._RECORDS_A_BATCH", 4)
+
+    class StopsAtTheEnd(Disk):
+        def truncate(self, fd: int, size: int) -> None:
+            raise Crash
+
+    with pytest.raises(Crash):
+        open_store(tmp_path, StopsAtTheEnd())
+    store = open_store(tmp_path)
+    assert store.stats().start.scanned_records == 1
+    assert len(store.list()) == 9
+    assert figures(store.stats()) == recount(tmp_path)
     store.close()
 
 
@@ -346,6 +379,47 @@ def test_sequence_numbers_grow_across_restarts_and_lost_indexes(tmp_path: Path) 
         else:
             abandon(store)
     assert seen == sorted(set(seen))
+
+
+def test_an_older_record_in_a_later_superblock_does_not_win(tmp_path: Path) -> None:
+    """As compaction leaves it: a copy keeps its sequence number and lies behind what superseded it."""
+    store = open_store(tmp_path)
+    kept, gone = piece_of(1, b"old"), piece_of(2, b"deleted")
+    store.put([kept, gone])
+    store.delete([kept.key, gone.key])
+    store.put([piece_of(1, b"new")])
+    store.close()
+    header = FileHeader("5a" * 16, 2, 0, bytes(16))
+    appender = Appender.create(Disk(), tmp_path / "superblocks", header)
+    for sequence, piece in enumerate((kept, gone)):
+        copy = Record(Kind.DATA, sequence, piece.key.pack(), 0, 3, 5, 9, len(piece.payload), piece.sha256)
+        appender.stage(copy, piece.payload)
+    appender.flush()
+    appender.close()
+    for index in ("kept", "lost"):
+        if index == "lost":
+            shutil.rmtree(tmp_path / "index")
+        store = open_store(tmp_path)
+        assert contents(store) == {kept.key: b"new"}
+        assert figures(store.stats()) == recount(tmp_path)
+        store.close()
+
+
+def test_sequence_numbers_go_on_where_the_latest_superblock_says(tmp_path: Path) -> None:
+    """Even if all the records below are gone."""
+    store = open_store(tmp_path, superblock_bytes=8000)
+    store.put([piece_of(n, bytes(600)) for n in range(6)])
+    store.close()
+    first, second = superblocks(tmp_path)
+    first.unlink()
+    os.truncate(second, FILE_HEADER_BYTES)
+    shutil.rmtree(tmp_path / "index")
+    store = open_store(tmp_path)
+    store.put([piece_of(9)])
+    info = store.info(key_of(9))
+    assert info is not None
+    assert info.sequence >= 4
+    store.close()
 
 
 # Damage
@@ -432,6 +506,38 @@ def test_a_superblock_that_vanished_costs_its_pieces_only(tmp_path: Path) -> Non
     store.close()
 
 
+def test_a_superblock_that_lost_its_end_costs_the_pieces_there_only(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    pieces = [piece_of(n, bytes([n]) * 5000) for n in range(4)]
+    store.put(pieces)
+    path, offset = payload_place(tmp_path, store, pieces[2].key)
+    store.close()
+    os.truncate(path, offset + 100)
+    store = open_store(tmp_path)
+    assert [info.key for info in store.list()] == [pieces[0].key, pieces[1].key]
+    assert figures(store.stats()) == recount(tmp_path)
+    assert outcomes(store, pieces) == ["present", "present", "stored", "stored"]
+    store.close()
+
+
+def test_what_an_unfinished_write_left_is_not_cut_off(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.put([piece_of(1, b"x" * 100)])
+    abandon(store)
+    (path,) = superblocks(tmp_path)
+    content = path.read_bytes().rstrip(b"\0")
+    with path.open("r+b") as file:
+        file.seek(len(content) + 50)
+        file.write(b"half a record")
+    before = path.read_bytes().rstrip(b"\0")
+    store = open_store(tmp_path)
+    assert store.stats().start.torn_tails == 1
+    assert outcomes(store, [piece_of(2)]) == ["stored"]
+    store.close()
+    assert path.read_bytes().rstrip(b"\0") == before
+    assert path.stat().st_size < len(before) + 8
+
+
 # A failing disk
 
 
@@ -469,6 +575,46 @@ def test_a_superblock_that_cannot_be_made_durable_is_not_used(tmp_path: Path) ->
     assert list((tmp_path / "superblocks").iterdir()) == []
     disk.errors.clear()
     assert outcomes(store, [piece_of(1)]) == ["stored"]
+    store.close()
+
+
+def test_records_that_cannot_be_synced_at_start_are_not_counted_as_stored(tmp_path: Path) -> None:
+    """They may be in the page cache alone, and would be acknowledged as present."""
+    store = open_store(tmp_path)
+    store.put([piece_of(1)])
+    abandon(store)
+    shutil.rmtree(tmp_path / "index")
+    disk = FailingDisk()
+    disk.errors["sync"] = errno.EIO
+    store = open_store(tmp_path, disk)
+    assert store.list() == []
+    disk.errors.clear()
+    assert outcomes(store, [piece_of(2)]) == ["stored"]
+    store.close()
+    store = open_store(tmp_path)
+    assert [info.key for info in store.list()] == [key_of(1), key_of(2)]
+    assert figures(store.stats()) == recount(tmp_path)
+    store.close()
+
+
+def test_an_index_that_takes_no_writes_stops_the_store_until_it_is_opened_anew(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.put([piece_of(1)])
+
+    class Refusing:
+        def write(self, *_: object) -> None:
+            raise Exception("IO error: No space left on device")
+
+    real, store._index._db = store._index._db, Refusing()  # type: ignore[assignment]
+    store._index.piece = lambda key: None  # type: ignore[method-assign]
+    assert outcomes(store, [piece_of(2)]) == ["failed"]
+    assert store.stats().pieces == 1
+    store._index._db = real
+    assert outcomes(store, [piece_of(3)]) == ["failed"]
+    abandon(store)
+    store = open_store(tmp_path)
+    assert [info.key for info in store.list()] == [key_of(1), key_of(2)]
+    assert figures(store.stats()) == recount(tmp_path)
     store.close()
 
 
@@ -568,6 +714,21 @@ def test_readers_see_whole_pieces_while_others_are_stored_and_deleted(tmp_path: 
     assert problems == []
     assert reads >= 300
     assert figures(store.stats()) == recount(tmp_path)
+    store.close()
+
+
+def test_a_file_stays_readable_for_whoever_reads_it_though_it_is_pushed_out(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=4200)
+    store.put([piece_of(n, b"x" * 50) for n in range(200)])
+    files = OpenFiles(Disk(), tmp_path / "superblocks")
+    with files.use(1) as held:
+        for number in range(2, 200):
+            with files.use(number) as other:
+                assert other != held
+        files.close()
+        assert os.pread(held, 8, 0) == b"vstackSB"
+    with pytest.raises(OSError, match="descriptor"):
+        os.pread(held, 8, 0)
     store.close()
 
 

@@ -95,18 +95,18 @@ def _header_at(window: _Window, salt: bytes, offset: int) -> Record | None:
     return record if record is not None and offset + record.size <= window.size else None
 
 
-def _next_header(window: _Window, salt: bytes, offset: int) -> int:
-    """Offset of the first valid header at or after `offset`, or the size of the file."""
-    while offset < window.size:
+def _next_header(window: _Window, salt: bytes, start: int) -> int:
+    """Offset of the first valid header at or after `start`, or the size of the file.
+
+    Headers lie at multiples of 8, and so does `start`: the magic never spans two windows.
+    """
+    for offset in range(start, window.size, _WINDOW):
         block = bytes(window.view(offset, _WINDOW))
         at = block.find(RECORD_MAGIC)
         while at >= 0:
-            if (offset + at) % 8 == 0 and _header_at(window, salt, offset + at) is not None:
+            if at % 8 == 0 and _header_at(window, salt, offset + at) is not None:
                 return offset + at
             at = block.find(RECORD_MAGIC, at + 1)
-        if offset + len(block) >= window.size:
-            break
-        offset += len(block) - len(RECORD_MAGIC) + 1
     return window.size
 
 
