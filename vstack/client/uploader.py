@@ -106,9 +106,11 @@ async def upload(
     path: Path,
     options: UploadOptions | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    accept_losses: Callable[[tuple[str, ...]], bool] = lambda _: True,
 ) -> UploadResult:
     """Stores `path`; its video is readable by everybody when this returns.
 
+    `accept_losses` is asked once, with what the stored form would not keep, if that is anything.
     Raises BadInput, MeshUnavailable, OutcomeUnknown, LostToAnother. Cancelling it loses nothing: the
     same call resumes.
     """
@@ -118,6 +120,8 @@ async def upload(
     began = time.monotonic()
     make = _IngestFactory(path, options)
     ingest = await asyncio.to_thread(make, None)
+    if ingest.lost and not accept_losses(ingest.lost):
+        raise BadInput(f"{path} was not stored, because this would be lost: {'; '.join(ingest.lost)}")
     progress.total, progress.stage = ingest.source_size, "hashing"
     video_id = await asyncio.to_thread(_hash_file, path, progress, on_progress)
     while True:

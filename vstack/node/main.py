@@ -6,9 +6,11 @@ import argparse
 import gc
 import json
 import logging
+import os
 import re
 import signal
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -56,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="listen beyond loopback although connections are neither encrypted nor authenticated",
     )
     p.add_argument("--log-format", choices=("text", "json"), help="of the log on stderr (default text)")
+    p.add_argument(
+        "--with-parent",
+        action="store_true",
+        default=None,
+        help="stop when stdin closes: for a program that starts nodes and must leave none behind",
+    )
     p.add_argument("--version", action="version", version=f"vstack-node {__version__}")
     return p
 
@@ -167,6 +175,12 @@ def announce(node: Node) -> None:
     )
 
 
+def _stop_with_stdin(node: Node) -> None:
+    while os.read(0, 4096):
+        pass
+    node.stop()
+
+
 def main(argv: list[str] | None = None) -> None:
     """The entry point: never returns."""
     began = time.monotonic()
@@ -178,6 +192,8 @@ def main(argv: list[str] | None = None) -> None:
         node = Node(settings, announce)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: node.stop())
+        if options.get("with_parent"):
+            threading.Thread(target=_stop_with_stdin, args=(node,), daemon=True).start()
         node.run()
     except VstackError as e:
         print(f"vstack-node: {e}", file=sys.stderr)

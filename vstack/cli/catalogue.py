@@ -1,0 +1,150 @@
+"""`vstack ls`, `info` and `rm`."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+from vstack.cli import show
+from vstack.client.catalogue import Video, chunk_table, delete_video, find_video, list_videos
+from vstack.client.downloader import media_of
+from vstack.client.mesh_client import MeshClient
+from vstack.mesh.placement import shortfall, wanted_scheme
+from vstack.mesh.registers import ChunkRecord
+
+
+async def ls(mesh: MeshClient, options: argparse.Namespace) -> int:
+    listing = await list_videos(mesh, hidden=options.all)
+    if options.json:
+        show.print_json(
+            {
+                "videos": [_video_json(v) for v in listing.videos],
+                "complete": listing.complete,
+                "silent_nodes": list(listing.silent),
+            }
+        )
+    else:
+        rows = [
+            (
+                v.id[:12],
+                show.clock(v.seconds),
+                show.size(v.record.size),
+                v.record.redundancy,
+                *([v.record.state] if options.all else []),
+                v.record.title,
+            )
+            for v in listing.videos
+        ]
+        columns = ["id", "length", "size", "redundancy", *(["state"] if options.all else []), "title"]
+        if rows:
+            show.table(columns, rows, right=(1, 2))
+        else:
+            show.err.print("no videos yet: `vstack put FILE` stores one")
+        if not listing.complete:
+            show.warn(f"{len(listing.silent)} nodes did not answer: there may be more videos")
+    return 0
+
+
+def _video_json(v: Video) -> dict[str, object]:
+    r = v.record
+    return {
+        "id": v.id,
+        "title": r.title,
+        "state": r.state,
+        "seconds": round(v.seconds, 6),
+        "bytes": r.size,
+        "chunks": r.chunks,
+        "redundancy": r.redundancy,
+        "container": r.media.container if r.media else None,
+        "source_bytes": r.source_size,
+    }
+
+
+async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
+    video = await find_video(mesh, options.video)
+    table = await chunk_table(mesh, video)
+    r, media = video.record, media_of(video)
+    schemes = Counter(c.scheme for c in table)
+    wanted = wanted_scheme(r.redundancy)
+    short = sorted({shortfall(wanted, s) for s in schemes} - {""})
+    stored = sum(len(c.places) * -(-c.entry.size // c.scheme.k) for c in table)
+    tick = media.clock[0] / media.clock[1]
+    if options.json:
+        show.print_json(
+            _video_json(video)
+            | {
+                "version": video.version,
+                "upload": str(video.upload),
+                "tracks": [
+                    {
+                        "kind": t.kind, "codec": t.codec, "language": t.language, "width": t.width,
+                        "height": t.height, "sample_rate": t.sample_rate, "channels": t.channels,
+                    }
+                    for t in media.tracks
+                ],
+                "lost": list(media.lost),
+                "piece_bytes": stored,
+                "warnings": short,
+                "chunk_table": [_chunk_json(c, tick) for c in table],
+            }
+        )  # fmt: skip
+        return 0
+    show.out.print(f"{r.title}\n  id          {video.id}", markup=False)
+    show.out.print(f"  length      {show.clock(video.seconds)} ({video.seconds:.3f} s), {r.chunks} chunks")
+    show.out.print(
+        f"  size        {show.size(r.size)}; pieces {show.size(stored)} = {stored / max(1, r.size):.2f} x"
+    )
+    for t in media.tracks:
+        shape = f" {t.width}x{t.height}" if t.width else f" {t.sample_rate} Hz" if t.sample_rate else ""
+        show.out.print(f"  {t.kind:<11} {t.codec}{shape} {t.language}".rstrip(), markup=False)
+    said = ", ".join(f"{n} chunks as {s.name}" for s, n in schemes.items())
+    show.out.print(f"  redundancy  {r.redundancy}: {said}")
+    show.out.print(f"  survives    {_survives(mesh, table)}")
+    for line in (*short, *(f"not kept of the source: {x}" for x in media.lost)):
+        show.warn(line)
+    rows = [
+        (
+            str(c.entry.index), f"{c.entry.start * tick:.3f}", f"{c.entry.duration * tick:.3f}",
+            show.size(c.entry.size), c.scheme.name,
+            " ".join(p.node[:8] for p in c.places),
+        )
+        for c in table
+    ]  # fmt: skip
+    show.table(("chunk", "start", "seconds", "size", "scheme", "on"), rows, right=(0, 1, 2, 3))
+    return 0
+
+
+def _chunk_json(c: ChunkRecord, tick: float) -> dict[str, object]:
+    return {
+        "index": c.entry.index, "start_s": c.entry.start * tick, "seconds": c.entry.duration * tick,
+        "bytes": c.entry.size, "sha256": c.entry.sha256.hex(), "dependent": c.entry.dependent,
+        "k": c.scheme.k, "m": c.scheme.m,
+        "places": [{"node": p.node, "piece": p.piece, "sha256": p.sha256.hex()} for p in c.places],
+    }  # fmt: skip
+
+
+def _survives(mesh: MeshClient, table: list[ChunkRecord]) -> str:
+    """How many nodes may be lost, and whether pieces or votes set the limit."""
+    votes = (mesh.config.g - 1) // 2
+    pieces = votes + 1 if not table else len(mesh.members)
+    for c in table:
+        held = sorted(Counter(p.node for p in c.places).values(), reverse=True)
+        lost = 0
+        while lost < len(held) and sum(held[lost + 1 :]) >= c.scheme.k:
+            lost += 1
+        pieces = min(pieces, lost)
+    limit = (
+        "its pieces" if pieces < votes else "the votes on it" if votes < pieces else "pieces and votes alike"
+    )
+    return f"the loss of any {min(votes, pieces)} of {len(mesh.members)} nodes (the limit: {limit})"
+
+
+async def rm(mesh: MeshClient, options: argparse.Namespace) -> int:
+    video = await find_video(mesh, options.video)
+    await delete_video(mesh, video)
+    if options.json:
+        show.print_json({"id": video.id, "state": "deleted"})
+    else:
+        show.out.print(f"{video.record.title}: deleted ({video.id[:12]})", markup=False)
+        show.err.print("putting the same file again undoes it")
+    return 0

@@ -1,0 +1,127 @@
+"""`vstack status` and `vstack nodes`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections import Counter
+
+from vstack.cli import show
+from vstack.client.mesh_client import MeshClient
+from vstack.errors import VstackError
+from vstack.mesh.messages import Status
+
+DEGRADED = 8
+"""Exit code of `status` when some node is down and the mesh still serves."""
+
+
+async def _all_status(mesh: MeshClient) -> list[Status | VstackError]:
+    async def one(node: str) -> Status | VstackError:
+        try:
+            return await mesh.status(node)
+        except VstackError as e:
+            return e
+
+    return list(await asyncio.gather(*(one(m.node) for m in mesh.members)))
+
+
+async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
+    answers = await _all_status(mesh)
+    up = [a for a in answers if isinstance(a, Status)]
+    members = len(mesh.members)
+    reasons = [
+        f"node {m.node[:8]} at {m.address} is down: {a}"
+        for m, a in zip(mesh.members, answers, strict=True)
+        if isinstance(a, VstackError)
+    ]
+    reasons += [
+        f"node {a.node[:8]} at {a.address} found {int(a.store['damaged_records'])} damaged records"
+        for a in up
+        if a.store.get("damaged_records")
+    ]
+    if members == 1:
+        reasons.append("a mesh of one keeps one copy of everything: add machines to survive a loss")
+    elif members == 2:
+        reasons.append("a mesh of two survives a loss of data, but cannot write while one node is down")
+    quorum = members - len(up) <= (mesh.config.g - 1) // 2
+    if not quorum:
+        reasons.append("too many nodes are down: some videos can be neither read nor written")
+    health = "unavailable" if not quorum else "degraded" if members != len(up) else "healthy"
+    totals: Counter[str] = Counter()
+    for a in up:
+        totals.update(a.counters)
+    if options.json:
+        show.print_json(
+            {
+                "mesh": mesh.mesh,
+                "epoch": mesh.config.epoch,
+                "health": health,
+                "reasons": reasons,
+                "nodes_up": len(up),
+                "nodes": members,
+                "counters": dict(totals),
+                "per_node": {
+                    a.node: {
+                        "address": a.address, "boot": a.boot, "uptime_s": a.uptime_s, "counters": a.counters,
+                        "store": a.store, "disk_free": a.disk_free, "disk_total": a.disk_total,
+                    }
+                    for a in up
+                },
+            }
+        )  # fmt: skip
+    else:
+        show.out.print(
+            f"mesh {mesh.mesh[:8]}  epoch {mesh.config.epoch}  {len(up)} of {members} nodes up: {health}"
+        )
+        for reason in reasons:
+            show.out.print(f"  {reason}", markup=False)
+        pieces = sum(a.store["pieces"] for a in up)
+        bytes_ = sum(a.store["payload_bytes"] for a in up)
+        free = min((a.disk_free for a in up), default=0)
+        show.out.print(
+            f"  {pieces:.0f} pieces, {show.size(bytes_)}; at least {show.size(free)} free on each node"
+        )
+        chosen = totals["paxos.chosen"]
+        sent = totals["sent.Envelope"]
+        show.out.print(
+            f"  {chosen} decisions ({totals['paxos.fast']} by their leader in one round trip), "
+            f"{sent} envelopes between nodes, {totals['malformed']} malformed messages dropped"
+        )
+    return 3 if not quorum else DEGRADED if health == "degraded" else 0
+
+
+async def nodes(mesh: MeshClient, options: argparse.Namespace) -> int:
+    answers = await _all_status(mesh)
+    rows, found = [], []
+    for m, a in zip(mesh.members, answers, strict=True):
+        up = isinstance(a, Status)
+        seen = (
+            {p.state for s in answers if isinstance(s, Status) and s.node != m.node for p in s.peers
+             if p.node == m.node}
+        )  # fmt: skip
+        entry: dict[str, object] = {
+            "node": m.node, "address": m.address, "zone": m.zone, "weight": m.weight, "answers": up,
+            "seen_by_others_as": sorted(seen),
+        }  # fmt: skip
+        if isinstance(a, Status):
+            entry |= {
+                "boot": a.boot, "uptime_s": a.uptime_s, "version": a.version,
+                "pieces": int(a.store["pieces"]),
+                "payload_bytes": int(a.store["payload_bytes"]), "disk_free": a.disk_free,
+                "peers": {p.node: {"state": p.state, "rtt_ms": p.rtt_ms} for p in a.peers},
+            }  # fmt: skip
+            rtts = [p.rtt_ms for p in a.peers if p.rtt_ms is not None]
+            cells = (
+                "up", f"{sum(rtts) / len(rtts):.1f} ms" if rtts else "-", f"{a.store['pieces']:.0f}",
+                show.size(a.store["payload_bytes"]), show.size(a.disk_free), show.clock(a.uptime_s),
+            )  # fmt: skip
+        else:
+            cells = ("down", "-", "-", "-", "-", "-")
+        found.append(entry)
+        rows.append((m.node[:8], m.address, m.zone or "-", *cells))
+    if options.json:
+        show.print_json({"nodes": found, "epoch": mesh.config.epoch})
+    else:
+        columns = ("node", "address", "zone", "state", "rtt", "pieces", "stored", "free", "uptime")
+        show.table(columns, rows, right=(4, 5, 6, 7, 8))
+    return 0

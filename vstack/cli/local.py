@@ -1,0 +1,66 @@
+"""`vstack up` and `vstack down`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from pathlib import Path
+
+from vstack.cli import show
+from vstack.errors import UsageError
+from vstack.local import LocalMesh, recorded, running, stop_recorded
+
+__all__ = ["down", "recorded", "up"]
+
+
+def up(options: argparse.Namespace) -> int:
+    """Starts the mesh that the folder holds, or a new one. Raises UsageError, NodeFailed."""
+    folder: Path = options.dir
+    folder.mkdir(parents=True, exist_ok=True)
+    known = recorded(folder)
+    if known is not None and running(folder):
+        raise UsageError(f"the mesh in {folder} is running already: `vstack down` stops it")
+    count, port = options.count or 5, options.port or 7400
+    if known is not None:
+        was, at = known.get("count"), known.get("port")
+        if (options.count and options.count != was) or (options.port and options.port != at):
+            raise UsageError(f"{folder} holds a mesh of {was} nodes from port {at}: name another --dir")
+        count, port = int(str(was)), int(str(at))
+    if not 1 <= count <= 50:
+        raise UsageError(f"a mesh of {count} nodes cannot be started here: 1 to 50")
+    mesh = LocalMesh(folder, count, port)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    mesh.start(detach=options.detach)
+    mesh.record()
+    if options.json:
+        show.print_json({"peers": mesh.peers, "nodes": [n.node for n in mesh.nodes]})
+    else:
+        for node in mesh.nodes:
+            show.out.print(f"node {node.number}  {node.address}  {node.node[:8]}  {node.data}")
+        show.out.print(f"the mesh is up; use it with: vstack --help   (peers: {','.join(mesh.peers)})")
+    if options.detach:
+        return 0
+    with mesh:
+        while not stop.wait(0.5):
+            for node in mesh.nodes:
+                if not node.alive and node.process is not None:
+                    show.warn(f"node {node.number} ended: {node.last_words()}")
+                    node.process = None
+            if not any(n.process for n in mesh.nodes):
+                show.err.print("vstack: all nodes have ended")
+                return 1
+    show.err.print("the mesh is down; its data stays in", str(folder))
+    return 0
+
+
+def down(options: argparse.Namespace) -> int:
+    """Stops what `up --detach` started."""
+    count = stop_recorded(options.dir)
+    if options.json:
+        show.print_json({"stopped": count})
+    else:
+        show.out.print(f"{count} nodes stopped" if count else f"no node of {options.dir} is running")
+    return 0

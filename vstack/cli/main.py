@@ -1,0 +1,129 @@
+"""Reads the command line, runs one verb, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+from vstack import __version__
+from vstack.cli import local, show, verbs
+from vstack.errors import UsageError, VstackError
+
+EPILOG = """\
+VIDEO is an id, a unique prefix of at least 6 characters, or a unique exact title.
+Nodes are found through --peers, VSTACK_PEERS, `peers` in ./.vstack/config.toml, or 127.0.0.1:7400.
+
+exit codes: 0 success; 1 failure; 2 wrong usage or configuration; 3 the mesh does not answer, or too
+few of its nodes do; 4 no such video, or more than one; 5 the source cannot be stored as video;
+6 the outcome is unknown (repeat the command: it is safe); 7 damaged data; 8 (status) some node is
+down; 130 interrupted.
+
+  vstack up                    a mesh of five nodes on this machine, until Ctrl-C
+  vstack put holiday.mp4       store it; prints its id
+  vstack play holiday          play it, decoding every frame
+  vstack get holiday -o x.mp4  one playable file again
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="vstack",
+        description="Video storage with no coordinator: a mesh of equal nodes keeps your video.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--version", action="version", version=f"vstack {__version__}")
+    verbs_ = p.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, help_: str, *, mesh: bool = True) -> argparse.ArgumentParser:
+        v = verbs_.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
+        v.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        if mesh:
+            v.add_argument("--peers", metavar="H:P,...", help="addresses of some nodes of the mesh")
+        return v
+
+    v = verb("up", "start a mesh on this machine, until Ctrl-C", mesh=False)
+    v.add_argument("count", nargs="?", type=int, metavar="N", help="how many nodes (default 5)")
+    v.add_argument("--detach", action="store_true", help="leave the nodes running; `vstack down` ends them")
+    v.add_argument("--port", type=int, help="first port (default 7400); each node takes two")
+    v.add_argument("--dir", type=Path, default=Path(".vstack"), help="folder for data (default ./.vstack)")
+    v = verb("down", "stop the nodes that `vstack up --detach` left running", mesh=False)
+    v.add_argument("--dir", type=Path, default=Path(".vstack"), help="the folder given to `up`")
+
+    v = verb("put", "store video files; folders recursively")
+    v.add_argument("files", nargs="+", metavar="FILE|DIR", help="what to store; - reads standard input")
+    v.add_argument("--title", help="instead of the file's name; for a single file")
+    v.add_argument("--redundancy", choices=("auto", "replicated", "erasure"), help="default auto")
+    v.add_argument("--opaque", action="store_true", help="store the bytes as they are")
+    v.add_argument("--salvage", action="store_true", help="of a file that is cut short, store what is there")
+    v.add_argument("--yes", action="store_true", help="accept what the stored form cannot keep")
+
+    v = verb("ls", "list the videos")
+    v.add_argument("--all", action="store_true", help="also those uploading, aborted or deleted")
+    for name, help_ in (("info", "show a video: tracks, chunks, redundancy, where it lies"),
+                        ("rm", "delete a video: it is hidden, and its space comes back later")):  # fmt: skip
+        verb(name, help_).add_argument("video", metavar="VIDEO")
+
+    v = verb("get", "write a video as one ordinary file")
+    v.add_argument("video", metavar="VIDEO")
+    v.add_argument("-o", "--output", metavar="FILE", help="default: its title in this folder; - for a pipe")
+    v.add_argument("--force", action="store_true", help="replace a file that exists")
+
+    v = verb("play", "play a video in real time, without a screen, and report how it went")
+    v.add_argument("video", metavar="VIDEO")
+    v.add_argument("--start", type=float, default=0.0, metavar="T", help="begin at T seconds")
+    v.add_argument("--speed", type=float, default=1.0, metavar="X", help="play X times as fast")
+    v.add_argument("--buffer", type=float, default=30.0, metavar="S", help="buffer at most S seconds")
+    v.add_argument("--no-decode", action="store_true", help="fetch and verify only")
+
+    v = verb("status", "health of the mesh, with reasons")
+    verb("nodes", "the members, and how they see each other")
+    return p
+
+
+def find_peers(given: str | None) -> str:
+    """Option, environment, configuration, default: the first that says something. Raises UsageError."""
+    if given or os.environ.get("VSTACK_PEERS"):
+        return given or os.environ["VSTACK_PEERS"]
+    path = Path(".vstack/config.toml")
+    if not path.exists():
+        state = local.recorded(Path(".vstack"))
+        peers = state.get("peers") if state else None
+        return ",".join(peers) if isinstance(peers, list) else "127.0.0.1:7400"
+    try:
+        config = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as e:
+        raise UsageError(f"{path} cannot be read: {e}") from e
+    for key in config.keys() - {"peers"}:
+        raise UsageError(f"{path}: unknown key {key!r}; known is peers")
+    peers = config.get("peers", "127.0.0.1:7400")
+    return ",".join(peers) if isinstance(peers, list) else str(peers)
+
+
+def run(argv: list[str] | None) -> int:
+    """The exit code of one command line."""
+    options = build_parser().parse_args(argv)
+    try:
+        if options.verb == "up":
+            return local.up(options)
+        if options.verb == "down":
+            return local.down(options)
+        return asyncio.run(verbs.run(options, find_peers(options.peers)))
+    except VstackError as e:
+        show.err.print(f"vstack: {e}", markup=False)
+        return e.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        show.err.print("vstack: interrupted")
+        return 130
+
+
+def main() -> None:
+    """The entry point: never returns."""
+    sys.exit(run(None))
