@@ -141,7 +141,13 @@ class BallotsWithoutOwner(Proposer):
 
 
 class RoundsStartOver(Proposer):
-    """Does not ask its own disk which rounds were used."""
+    """Does not ask its own disk which rounds were used. Its tokens are sound."""
+
+    def __init__(
+        self, me: NodeId, boot: int, view: View, acceptor: Acceptor, rng: Random, timing: Timing | None = None
+    ) -> None:
+        super().__init__(me, boot, view, acceptor, rng, timing)
+        self._tokens = count(rng.getrandbits(60))
 
     def _own_round(self, key: str) -> int:
         return 0
