@@ -28,7 +28,7 @@ import av
 
 from vstack.client.containers import STORED, Container, Muxer, candidates, format_name
 from vstack.client.cuts import Cut, CutRules, Cutter
-from vstack.client.probe import AS_IT_IS, check_readable, open_source
+from vstack.client.probe import AS_IT_IS, check_readable, head_of, open_source
 from vstack.client.remux import ProofFailed, Remux
 from vstack.errors import BadInput
 from vstack.mesh.registers import ChunkEntry, Media
@@ -114,7 +114,7 @@ class Ingest:
 
     def _choose(self, container: str | None) -> Muxer:
         with open_source(self.path, check_length=not self._salvage) as source:
-            names = list(candidates(format_name(source)))
+            names = list(candidates(format_name(source, head_of(self.path))))
         if container is not None:
             names = names[names.index(container) :] if container in names else [container]
         reasons = []

@@ -133,19 +133,17 @@ def open_output(file: Path | Sink | BinaryIO, muxer: str, options: Mapping[str, 
     return out
 
 
-def format_name(container: InputContainer) -> str:
-    """The source's format, narrower than the demuxer: mp4 or mov, matroska or webm, else its first name."""
+def format_name(container: InputContainer, head: bytes) -> str:
+    """The source's format, narrower than the demuxer: mp4 or mov, matroska or webm, else its first name.
+
+    `head` is the beginning of the file, with the DocType if it is EBML.
+    """
     names = container.format.name.split(",")
     if "mov" in names:
         return "mov" if container.metadata.get("major_brand", "qt").strip() == "qt" else "mp4"
     if "matroska" in names:
-        codecs = {s.codec_context.name for s in tracks_of(container) if s.codec_context is not None}
-        return "webm" if codecs <= WEBM_CODECS else "matroska"
+        return "webm" if b"\x42\x82\x84webm" in head else "matroska"
     return names[0]
-
-
-WEBM_CODECS = {"vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "opus", "libopus", "vorbis", "webvtt"}
-"""Decoders of the codecs that WebM allows."""
 
 
 def tracks_of(container: InputContainer, count: int | None = None) -> list[Stream]:
@@ -228,7 +226,7 @@ def copy_tracks(
         stream = out.add_stream_from_template(track, opaque=True)
         stream.metadata.update(kept_metadata(track.metadata))
         stream.disposition = track.disposition
-        if track.codec_context.codec_tag == "hvc1" and out.format.name in ("mp4", "mov"):
+        if _codec_tag(track) == "hvc1" and out.format.name in ("mp4", "mov"):
             stream.codec_context.codec_tag = "hvc1"
         if out.format.name == "mpegts":
             stream.id = track.id
@@ -243,8 +241,21 @@ def copy_tracks(
     return streams
 
 
+def _codec_tag(track: Stream) -> str:
+    try:
+        return track.codec_context.codec_tag
+    except UnicodeDecodeError:  # four bytes that are no letters
+        return ""
+
+
 def is_real(packet: Packet[Stream]) -> bool:
-    """Whether the demuxer read it, rather than PyAV making it up to flush decoders at the end."""
+    """Whether it carries something of the video.
+
+    Not: what PyAV makes up to flush decoders at the end, and the empty text that lasts no time,
+    which FFmpeg's MP4 muxer puts between the subtitles of a fragmented file.
+    """
+    if packet.size == 2 and not packet.duration and packet.stream.type == "subtitle":
+        return bytes(packet) != b"\0\0"
     return packet.size > 0
 
 

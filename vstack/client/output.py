@@ -49,6 +49,7 @@ MUXERS: Mapping[str, str] = {
     ".opus": "opus",
     ".flac": "flac",
     ".wav": "wav",
+    ".aac": "adts",
 }
 """What each extension of an output file means, by FFmpeg's name of the muxer."""
 
@@ -58,7 +59,7 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {
 }
 _FAMILY = {"mp4": {".mp4", ".mov"}, "matroska": {".mkv", ".webm"}, "mpegts": {".ts"}, "flv": {".flv"}}
 _USUAL = {"mp4": ".mp4", "mov": ".mov", "matroska": ".mkv", "webm": ".webm", "mpegts": ".ts", "flv": ".flv"}
-_SOUND = {"mp3": ".mp3", "ogg": ".ogg", "flac": ".flac", "wav": ".wav"}
+_SOUND = {"mp3": ".mp3", "ogg": ".ogg", "flac": ".flac", "wav": ".wav", "aac": ".aac"}
 """What a single track of sound goes back into, by the format it came in."""
 
 

@@ -24,7 +24,7 @@ def open_source(path: Path, *, check_length: bool = True) -> InputContainer:
     Without `check_length`, a file that was cut short is taken for what is left of it.
     """
     check_readable(path)
-    head = _head(path)
+    head = head_of(path)
     try:
         source = open_input(path)
     except (av.error.FFmpegError, ValueError, OSError) as error:
@@ -127,6 +127,7 @@ def _mp4_without_index(path: Path, head: bytes) -> bool:
     return head[4:8] in (b"ftyp", b"mdat", b"wide") and _mp4_size(path) > path.stat().st_size
 
 
-def _head(path: Path) -> bytes:
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file, by which formats are told apart."""
     with path.open("rb") as file:
         return file.read(4096)

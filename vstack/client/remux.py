@@ -41,7 +41,7 @@ from vstack.client.containers import (
 )
 from vstack.client.cuts import Fragment
 from vstack.client.feed import Feed, Sink
-from vstack.client.probe import AS_IT_IS, open_source
+from vstack.client.probe import AS_IT_IS, head_of, open_source
 from vstack.client.proof import Proof, fingerprint
 from vstack.errors import BadInput
 from vstack.mesh.registers import Track
@@ -133,7 +133,7 @@ class Remux:
         """Raises ProofFailed, or BadInput if the source cannot be read or breaks off."""
         with ExitStack() as stack:
             source = stack.enter_context(open_source(self._path, check_length=False))
-            self.source_format = format_name(source)
+            self.source_format = format_name(source, head_of(self._path))
             proof = Proof(source)
             output = self._output(source, proof)
             stack.callback(output.close)
@@ -141,6 +141,8 @@ class Remux:
             try:
                 stored = stack.enter_context(open_input(feed, self._muxer.demuxer))
                 proof.against(stored)
+                if proof.difference:
+                    raise ProofFailed(proof.difference)
                 yield from self._prove(stored, proof)
             except (av.error.FFmpegError, OSError) as error:
                 feed.check()
@@ -205,6 +207,8 @@ class Remux:
                 if packet.is_corrupt and marks_damage:
                     damage = "the file ends in the middle of a packet"
                     break
+                if packet.pts is None and packet.dts is None:
+                    raise ProofFailed("a packet without a time: a raw stream cannot be cut")
                 span.add(packet)
                 count += 1
                 size += packet.size
