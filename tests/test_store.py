@@ -10,10 +10,11 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from rocksdict import WriteBatch
 
 from tests.store_helpers import (
     VIDEO,
@@ -602,11 +603,13 @@ def test_an_index_that_takes_no_writes_stops_the_store_until_it_is_opened_anew(t
     store.put([piece_of(1)])
 
     class Refusing:
+        def get(self, key: bytes) -> None:
+            return None
+
         def write(self, *_: object) -> None:
             raise Exception("IO error: No space left on device")
 
     real, store._index._db = store._index._db, Refusing()  # type: ignore[assignment]
-    store._index.piece = lambda key: None  # type: ignore[method-assign]
     assert outcomes(store, [piece_of(2)]) == ["failed"]
     assert store.stats().pieces == 1
     store._index._db = real
@@ -666,6 +669,52 @@ def test_pieces_stop_at_the_reserve_and_deletes_go_on(tmp_path: Path) -> None:
     assert store.list() == []
     disk.free = 10 << 20
     assert outcomes(store, [piece_of(3000)]) == ["stored"]
+    store.close()
+
+
+# The system calls
+
+
+def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal, a quota or a network file system may cut them."""
+    pread, pwritev = os.pread, os.pwritev
+
+    def short_write(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return pwritev(fd, [b"".join(buffers)[:7]], offset)
+
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, 5), offset))
+    monkeypatch.setattr(os, "pwritev", short_write)
+    buffers: list[bytes | memoryview] = [b"", b"one", memoryview(b"a longer buffer"), b"", b"x", b"seven b"]
+    disk = Disk()
+    fd = disk.create(tmp_path / "file")
+    disk.write(fd, buffers, 3)
+    assert disk.read(fd, 0, 100) == bytes(3) + b"".join(buffers)
+    assert disk.read(fd, 3, 11) == b"onea longer"
+    disk.close(fd)
+
+
+def test_more_buffers_than_one_call_takes_are_written(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    pieces = [piece_of(n) for n in range(1000)]
+    assert outcomes(store, pieces) == ["stored"] * 1000
+    assert contents(store) == {piece.key: piece.payload for piece in pieces}
+    store.close()
+
+
+def test_each_new_superblock_makes_the_index_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a power loss never costs the scan of more than a superblock or two."""
+    store = open_store(tmp_path, superblock_bytes=8000)
+    synced: list[bool] = []
+    write = store._index.write
+
+    def spy(batch: WriteBatch, *, sync: bool) -> None:
+        synced.append(sync)
+        write(batch, sync=sync)
+
+    monkeypatch.setattr(store._index, "write", spy)
+    for number in range(6):
+        store.put([piece_of(number, bytes(1500))])
+    assert synced == [True, False, True, False, True, False]
     store.close()
 
 
