@@ -312,6 +312,8 @@ class Proposer:
             self._retry(state, attempt, now)
 
     def _on_nack(self, state: KeyState, attempt: Attempt, sender: NodeId, m: Nack, now: float) -> None:
+        if m.seen == attempt.ballot and m.epoch == attempt.ballot.epoch:
+            return  # a late copy of this attempt's own Prepare: the sender has accepted since
         self._round = max(self._round, m.seen.round)
         if m.epoch > self.view.epoch:
             self.acceptor.epoch_wanted = max(self.acceptor.epoch_wanted, m.epoch)
@@ -326,7 +328,8 @@ class Proposer:
             self._lose(state, attempt, now)
 
     def _on_silence(self, state: KeyState, attempt: Attempt, now: float) -> None:
-        if attempt.phase is Phase.ACCEPT and attempt.resent < self.timing.resends:
+        same_epoch = attempt.ballot.epoch == self.view.epoch  # I9: never to the group of another one
+        if attempt.phase is Phase.ACCEPT and same_epoch and attempt.resent < self.timing.resends:
             attempt.resent += 1
             missing = tuple(n for n in self.view.group(attempt.key) if n not in attempt.accepted)
             self._at(now + self.timing.resend * 2**attempt.resent, attempt.key, attempt)
@@ -386,6 +389,8 @@ class Proposer:
         attempt = state.attempt
         if attempt is not None and all(w.done for w in attempt.waiting):
             state.attempt = attempt = None
+            if state.queue:  # it must not wait for a timer of the attempt that nobody waits for
+                self._at(0.0, key, None)
         if attempt is None and not state.queue and self._keys.get(key) is state:
             del self._keys[key]
 
