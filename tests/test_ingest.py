@@ -471,6 +471,42 @@ def test_the_kept_tracks_are_picture_sound_and_subtitles(stored: Callable[[str],
     assert [t.codec for t in stored("tracks.mkv").media.tracks] == ["h264", "aac", "aac", "aac", "subrip"]
 
 
+def test_text_subtitles_of_an_mp4_come_back_without_additions(folder: Path) -> None:
+    lines = [(0.0, 0.5, ""), (0.5, 1.0, "hello"), (1.5, 2.0, ""), (3.5, 1.0, "world"), (4.5, 1.5, "")]
+    cues = [(start, length, chr(0) + chr(len(text)) + text) for start, length, text in lines]
+    source = make_sample(folder / "text.mp4", **SMALL, subtitles=[("mov_text", "eng", cues)])
+    made = ingest(source)
+    assert made.media.container == "mp4"
+    assert [t.codec for t in made.media.tracks] == ["h264", "aac", "mov_text"]
+    # FFmpeg's own muxer puts empty texts that last no time between the others.
+    ours, theirs = ([p for p in read(file)[2] if p.duration] for file in (source, io.BytesIO(made.whole)))
+    assert theirs == ours
+    assert [p.payload[2:] for p in theirs] == [b"", b"hello", b"", b"world", b""]
+    assert compare_files(source, io.BytesIO(made.whole)).equal
+
+
+def test_an_unsupported_codec_is_named(stored: Callable[[str], Stored], tmp_path: Path) -> None:
+    odd = tmp_path / "odd.mp4"
+    odd.write_bytes(stored("h264.mp4").source.read_bytes().replace(b"avc1", b"qqqq"))
+    with pytest.raises(BadInput, match=r"video track 0 has an unsupported codec \(none \(qqqq .*--opaque"):
+        Ingest(odd)
+
+
+def test_a_track_that_begins_unannounced_is_not_lost_in_silence(folder: Path) -> None:
+    source = make_sample(folder / "late.flv", **{**SMALL, "seconds": 20}, sample_rate=44_100)
+    data = bytearray(source.read_bytes())
+    at, tags = 13, []
+    while at + 15 < len(data):
+        tags.append(at)
+        at += 15 + int.from_bytes(data[at + 1 : at + 4], "big")
+    for at in tags[-40:]:
+        if data[at] == 8:
+            data[at + 11] = 0x2F  # the sound is MP3 from here on
+    source.write_bytes(data)
+    with pytest.raises(BadInput, match="1 of 3 tracks are announced only in the middle"):
+        list(Ingest(source).chunks())
+
+
 def test_sources_that_are_not_media_are_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(os.urandom(300_000))
     (tmp_path / "text.txt").write_text("not a film\n" * 1000)

@@ -9,6 +9,7 @@ files must give equal chunks.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -25,6 +26,7 @@ from vstack.client.split import FlvSplitter, MatroskaSplitter, Mp4Splitter, Spli
 
 if TYPE_CHECKING:
     from av.container.core import Chapter
+    from av.container.core import Container as AnyContainer
 
 Container = Literal["mp4", "matroska", "mpegts", "flv", "opaque"]
 
@@ -185,8 +187,28 @@ def movie_timescale(source: InputContainer) -> int:
 
 
 def codec_name(stream: Stream) -> str:
-    """FFmpeg's name of the codec, not of one of its decoders."""
-    return stream.codec_context.codec.canonical_name if stream.codec_context is not None else "unknown"
+    """FFmpeg's name of the codec, not of one of its decoders; a name, too, where it has no decoder."""
+    if stream.codec_context is not None:
+        return stream.codec_context.codec.canonical_name
+    found = re.search(
+        rf"Stream #0:{stream.index}\b.*?: \w+: (\w+(?: \([^)]*\))?)", _described(stream.container)
+    )
+    return found[1] if found else "unknown"
+
+
+def streams_by_now(container: InputContainer) -> int:
+    """How many streams the demuxer knows: more than `container.streams`, if some began late."""
+    return _described(container).count("Stream #0:")
+
+
+def _described(container: AnyContainer) -> str:
+    """FFmpeg's own description, which it gives only to its log."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        return str(container.dumps_format())  # type: ignore[attr-defined]
+    finally:
+        av.logging.set_level(level)
 
 
 _MADE_BY_MUXERS = {
@@ -230,6 +252,8 @@ def copy_tracks(
             stream.codec_context.codec_tag = "hvc1"
         if out.format.name == "mpegts":
             stream.id = track.id
+        if track.type == "subtitle" and out.format.name in ("mp4", "mov"):
+            stream.time_base = _fine(track, source)
         streams.append(stream)
     if attachments:
         for extra in source.streams:
@@ -239,6 +263,17 @@ def copy_tracks(
     if chapters := source.chapters():
         out.set_chapters(chapters)
     return streams
+
+
+def _fine(text: Stream, source: InputContainer) -> Fraction:
+    """A tick for subtitles in MP4, finer than that of all other tracks.
+
+    FFmpeg's muxer puts an empty text wherever a packet of another track lies behind the last text,
+    and compares ticks without regard to their length.
+    """
+    own = time_base(text).denominator
+    finest = max([100_000, *(time_base(track).denominator for track in tracks_of(source))])
+    return Fraction(1, own * (finest // own + 1))
 
 
 def _codec_tag(track: Stream) -> str:
@@ -274,7 +309,7 @@ def differences(source: InputContainer, stored: InputContainer) -> tuple[str, ..
                 lost.append(f"attachment {name or stream.index}")
         else:
             what = "timecode track" if "timecode" in stream.metadata else f"{stream.type} track"
-            lost.append(f"{what} {stream.index} ({stream.name or 'unknown codec'})")
+            lost.append(f"{what} {stream.index} ({codec_name(stream)})")
     chapters = [_chapter(c) for c in source.chapters()]
     if chapters and chapters != [_chapter(c) for c in stored.chapters()]:
         lost.append(f"{len(chapters)} chapters")

@@ -17,7 +17,6 @@ from fractions import Fraction
 import av
 from av.audio.codeccontext import AudioCodecContext
 from av.audio.frame import AudioFrame
-from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Stream
 from av.subtitles.codeccontext import SubtitleCodecContext
@@ -49,8 +48,6 @@ class ChunkDecoder:
     def __init__(self, media: Media, init: bytes) -> None:
         self._media = media
         self._init = init
-        self._home: InputContainer | None = None
-        """The first chunk's demuxer: its streams own the decoders."""
         self._decoders: dict[int, _Decoder] = {}
 
     def decode(self, data: bytes) -> DecodedChunk:
@@ -58,21 +55,16 @@ class ChunkDecoder:
         done = DecodedChunk()
         if self._media.container == "opaque":
             return done
-        container = open_input(Feed([self._init, data]), self._media.container)
-        try:
+        with open_input(Feed([self._init, data]), self._media.container) as container:
             tracks = tracks_of(container, len(self._media.tracks) or None)
             for number, track in enumerate(tracks):
                 if number not in self._decoders and track.codec_context is not None:
                     self._decoders[number] = _Decoder(track, self._offset(number))
-                    self._home = self._home or container
             numbers = {track.index: number for number, track in enumerate(tracks)}
             for packet in container.demux(*tracks):
                 decoder = self._decoders.get(numbers[packet.stream_index])
                 if decoder is not None and is_real(packet):
                     decoder.decode(packet, done)
-        finally:
-            if container is not self._home:
-                container.close()
         return done
 
     def flush(self) -> DecodedChunk:

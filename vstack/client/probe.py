@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 from av.container import InputContainer
 
-from vstack.client.containers import open_input, tracks_of
+from vstack.client.containers import codec_name, open_input, tracks_of
 from vstack.errors import BadInput
 
 AS_IT_IS = "--opaque stores its bytes as they are"
@@ -65,9 +65,8 @@ def _check_tracks(path: Path, source: InputContainer) -> None:
         raise BadInput(f"{path} has no video or audio track; {AS_IT_IS}")
     for track in tracks:
         if track.codec_context is None:
-            codec = track.name or track.metadata.get("codec", "unknown")
             what = f"{track.type} track {track.index}"
-            raise BadInput(f"{path}: {what} has an unsupported codec ({codec}); {AS_IT_IS}")
+            raise BadInput(f"{path}: {what} has an unsupported codec ({codec_name(track)}); {AS_IT_IS}")
 
 
 def _check_length(path: Path, head: bytes, source: InputContainer) -> None:

@@ -36,6 +36,7 @@ from vstack.client.containers import (
     movie_timescale,
     open_input,
     open_output,
+    streams_by_now,
     time_base,
     tracks_of,
 )
@@ -220,6 +221,13 @@ class Remux:
                     return
         except (av.error.FFmpegError, OSError) as error:
             damage = error.strerror or str(error)
+        except IndexError:  # PyAV, about a stream that began late
+            pass
+        if (streams := streams_by_now(source)) > len(source.streams):
+            raise BadInput(
+                f"{self._path}: {streams - len(source.streams)} of {streams} tracks are announced only "
+                f"in the middle of the file and would be lost; {AS_IT_IS}"
+            )
         if damage and not self._salvage:
             raise BadInput(
                 f"{self._path} is damaged or truncated after {span.seconds:.1f} s ({damage}); "
