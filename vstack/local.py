@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,6 +178,29 @@ class LocalMesh:
         temporary = self.folder / "mesh.json.tmp"
         temporary.write_text(json.dumps(state, indent=1))
         temporary.rename(self.folder / "mesh.json")
+
+
+def free_port(count: int) -> int:
+    """The first of `count` consecutive pairs of ports on loopback that nobody listens on.
+
+    Begins at another place in each process, so that two of them seldom meet. Raises NodeFailed.
+    """
+    size = 2 * count
+    for i in range(1000):
+        base = 20000 + (os.getpid() * 101 + i * size) % 12000
+        held = []
+        try:
+            for port in range(base, base + size):
+                s = socket.socket()
+                held.append(s)
+                s.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        finally:
+            for s in held:
+                s.close()
+        return base
+    raise NodeFailed(f"no {size} free ports in a row on 127.0.0.1")
 
 
 def recorded(folder: Path) -> dict[str, object] | None:

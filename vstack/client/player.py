@@ -138,7 +138,8 @@ class Player:
         self.video = video
         self.options = options or PlayOptions()
         self.playback = Playback()
-        self._on_progress = on_progress
+        self.on_progress = on_progress
+        """Called with the playback several times a second."""
         self._media = media_of(video)
         if self._media.container == "opaque":
             raise UsageError(f"{video.record.title!r} was stored opaque: it can be fetched, not played")
@@ -263,7 +264,7 @@ class Player:
         while True:
             self._advance()
             p.buffered = self._decoded_to - p.position
-            self._on_progress(p)
+            self.on_progress(p)
             if p.buffered > 1e-6:
                 await asyncio.sleep(min(TICK, p.buffered / self.options.speed))
                 continue
@@ -275,7 +276,7 @@ class Player:
             await self._stall()
         p.state = "ended"
         p.buffer_average_s = self._weighed / p.played_s if p.played_s else 0.0
-        self._on_progress(p)
+        self.on_progress(p)
 
     def _advance(self) -> None:
         """Moves the clock on to now, but not past what is decoded."""
@@ -298,7 +299,7 @@ class Player:
             await self._next_news()
             p.stall_s += monotonic() - since
             since = monotonic()
-            self._on_progress(p)
+            self.on_progress(p)
         p.state = "playing"
         self._clock_read = monotonic()
 

@@ -32,6 +32,8 @@ FORGET = 30.0
 """Seconds after which an estimate is not believed any more."""
 MIN_BLOCK, MAX_BLOCK = 64 << 10, 512 << 10
 MIN_SAMPLE = 16 << 10
+SUSPICION = 2.0
+"""Seconds by which a node that failed last time counts as slower, until it answers again."""
 TIE = 0.02
 """Seconds within which two holders count as equally fast."""
 
@@ -261,13 +263,29 @@ class BestHolder:
         return self._nodes.setdefault(node, _Node())
 
     def _rate(self, state: _Node, now: float) -> float:
-        return state.rate if state.rate and now - state.measured < FORGET else PRIOR_RATE
+        """What is believed of this node; of one never measured: the mean of those that were."""
+        if self._known(state, now):
+            return state.rate
+        rates = [n.rate for n in self._nodes.values() if self._known(n, now)]
+        return sum(rates) / len(rates) if rates else PRIOR_RATE
+
+    def _rtt(self, state: _Node, now: float) -> float:
+        if self._known(state, now):
+            return state.rtt
+        rtts = [n.rtt for n in self._nodes.values() if self._known(n, now)]
+        return sum(rtts) / len(rtts) if rtts else PRIOR_RTT
+
+    @staticmethod
+    def _known(state: _Node, now: float) -> bool:
+        return state.rate > 0 and now - state.measured < FORGET
 
     def _finish(self, node: NodeId, size: int, now: float) -> float:
         """Seconds until `size` more bytes of this node would be here."""
         state = self._node(node)
-        penalty = 1000.0 + state.closed_until - now if state.closed_until > now else 0.0
-        return penalty + state.rtt + (state.owed + size) / self._rate(state, now)
+        penalty = SUSPICION * state.failures
+        if state.closed_until > now:
+            penalty += 1000.0 + state.closed_until - now
+        return penalty + self._rtt(state, now) + (state.owed + size) / self._rate(state, now)
 
     def _has_credit(self, node: NodeId, size: int, now: float) -> bool:
         state = self._node(node)
@@ -288,7 +306,7 @@ class BestHolder:
         busy = max(1e-4, now - began)
         if fetch.length >= MIN_SAMPLE:
             sample = fetch.length / busy
-            old = state.rate if state.rate and now - state.measured < FORGET else sample
+            old = state.rate if self._known(state, now) else sample
             state.rate = max(2000.0, old + (sample - old) * 0.3)
             state.measured = now
         state.rtt += (min(0.5, max(0.0005, now - sent)) - state.rtt) * 0.1

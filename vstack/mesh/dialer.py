@@ -64,7 +64,11 @@ class Dialer:
         self._socket.routing_id = b"c" + os.urandom(16)
         self._socket.set(zmq.RECONNECT_IVL, 100)
         self._socket.set(zmq.RECONNECT_IVL_MAX, 1000)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
+        self._broken = ""
+        """Why nobody can be reached just now; requests fail at once until the connection is back."""
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        )
         self._socket.connect(endpoint(address, lane))
         first = self._send([NO_REPLY, self._hello()])
         self._tasks = [asyncio.create_task(self._receive(first)), asyncio.create_task(self._watch())]
@@ -85,8 +89,8 @@ class Dialer:
         parts: list[bytes | memoryview] = [number, encode(Header(body, min(600_000, int(timeout * 1000))))]
         if payload:
             parts.append(payload)
-        if self._socket.closed:
-            raise NoAnswer(f"the connection to {self.address} is closed")
+        if self._socket.closed or self._broken:
+            raise NoAnswer(f"{self.address}: {self._broken or 'the connection was closed'}")
         pending = _Pending(parts, asyncio.get_running_loop().create_future())
         self._pending[number] = pending
         try:
@@ -146,7 +150,11 @@ class Dialer:
 
     async def _watch(self) -> None:
         while True:
-            event = await recv_monitor_message(self._monitor)
-            gone = event["event"] == zmq.EVENT_DISCONNECTED
-            why = "the connection broke" if gone else "nobody answers there"
-            self._fail(NoAnswer(f"{self.address}: {why}"))
+            kind = (await recv_monitor_message(self._monitor))["event"]
+            if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._broken = ""
+                continue
+            self._broken = (
+                "the connection broke" if kind == zmq.EVENT_DISCONNECTED else "nobody answers there"
+            )
+            self._fail(NoAnswer(f"{self.address}: {self._broken}"))

@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--log-format", choices=("text", "json"), help="of the log on stderr (default text)")
     p.add_argument(
+        "--vote-journal", metavar="FILE", type=Path, help="append every accepted vote as JSON, for audits"
+    )
+    p.add_argument(
         "--with-parent",
         action="store_true",
         default=None,
@@ -121,7 +124,8 @@ def settings_from(options: dict[str, Any]) -> NodeSettings:
     if host in ("0.0.0.0", "::", "*") and "advertise" not in options:
         raise UsageError(f"{listen} says nothing that others could dial: add --advertise HOST:PORT")
     weight = max(1, round(parse_size(options.get("capacity", "1T")) / 2**30))
-    return NodeSettings(listen, advertise, options["data"], peers, options.get("zone", ""), weight)
+    zone = options.get("zone", "")
+    return NodeSettings(listen, advertise, options["data"], peers, zone, weight, options.get("vote_journal"))
 
 
 def is_loopback(host: str) -> bool:

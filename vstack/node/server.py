@@ -12,6 +12,8 @@ A failed commit of votes ends the process with nothing of that batch sent.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -22,6 +24,8 @@ from itertools import count
 from pathlib import Path
 from random import Random
 from time import monotonic
+
+import msgspec
 
 from vstack import __version__
 from vstack.errors import VstackError
@@ -98,6 +102,33 @@ class NodeSettings:
     peers: tuple[str, ...] = ()
     zone: str = ""
     weight: int = 1
+    vote_journal: Path | None = None
+    """Where to append every vote accepted, for audits."""
+
+
+class Journal:
+    """Every vote that this node accepted, one JSON line each, written before its reply leaves.
+
+    For audits and tests: the journals of all nodes together show whether any register ever had two
+    chosen values. A killed process loses none of it; a power cut may.
+    """
+
+    def __init__(self, path: Path, node: NodeId) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._node = node
+
+    def write(self, accepts: list[Accept]) -> None:
+        lines = [
+            {
+                "node": self._node,
+                "key": a.key,
+                "ballot": list(a.ballot),
+                "version": a.value.version,
+                "value": hashlib.sha256(msgspec.msgpack.encode(a.value)).hexdigest(),
+            }
+            for a in accepts
+        ]
+        os.write(self._fd, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
 
 @dataclass(slots=True, eq=False)
@@ -143,6 +174,8 @@ class Node:
         self.mesh = mesh_id(chain[0]) if chain else ""
         self.view = View(chain[-1:] or (GENESIS,))
         self.acceptor = Acceptor(self.me, self.view, self.votes.lookup)
+        self._journal = Journal(settings.vote_journal, self.me) if settings.vote_journal else None
+        self.acceptor.journal = [] if self._journal else None
         self.proposer = Proposer(self.me, self.votes.boot, self.view, self.acceptor, self._rng)
         self._peers = settings.peers or (settings.advertise,)
         self._forming = None if chain else self._new_forming()
@@ -205,6 +238,9 @@ class Node:
         if self.acceptor.dirty:
             self.votes.commit(self.acceptor.dirty)
             self.acceptor.committed()
+            if self._journal and self.acceptor.journal:
+                self._journal.write(self.acceptor.journal)
+                self.acceptor.journal = []
             self._counters["vote_commits"] += 1
 
     def _flush(self, now: float) -> None:

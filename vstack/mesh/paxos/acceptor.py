@@ -49,6 +49,8 @@ class Acceptor:
         """Records changed since the last commit. The caller empties it with `committed`."""
         self.epoch_wanted = 0
         """The highest epoch heard of that `view` does not hold; the caller fetches the chain."""
+        self.journal: list[Accept] | None = None
+        """If a list: every accept that changes a record is appended; the caller empties it."""
         self.damaged = 0
         """Requests that met a damaged record and got no answer."""
 
@@ -108,6 +110,8 @@ class Acceptor:
         if m.ballot < max(record.promised, record.accepted):
             return self._nack(m.key, m.ballot, record)
         self._write(m.key, record, Record(m.ballot, m.ballot, m.value))
+        if self.journal is not None:
+            self.journal.append(m)
         return Accepted(m.key, m.ballot)
 
     def on_read(self, m: Read) -> Reply:

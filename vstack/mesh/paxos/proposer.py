@@ -138,7 +138,6 @@ class Proposer:
         self._keys: dict[str, KeyState] = {}
         self._timers: list[tuple[float, int, str, Attempt | None]] = []
         self._local: list[tuple[Reply, float]] = []
-        self._draining = False
         self._rtt = 0.005
 
     def submit(self, op: Op, now: float, deadline: float, tag: Hashable) -> None:
@@ -405,18 +404,15 @@ class Proposer:
             if reply is not None:
                 self.counters["to_self"] += 1
                 self._local.append((reply, now))
-            elif isinstance(m, Accept) and m.fresh:
+            if isinstance(m, Accept) and m.fresh and not isinstance(reply, Accepted):
                 return  # round 0 is spent only where the own disk remembers it
         self.outbox.extend((node, m) for node in nodes if node != self.me)
 
     def _drain(self) -> None:
-        if self._draining:
-            return
-        self._draining = True
+        """The own acceptor's replies. What they lead to may add to them; it never comes back here."""
         while self._local:
             reply, now = self._local.pop(0)
             self._receive(self.me, reply, now)
-        self._draining = False
 
     def _at(self, when: float, key: str, attempt: Attempt | None) -> None:
         heapq.heappush(self._timers, (when, next(self._timer_order), key, attempt))
