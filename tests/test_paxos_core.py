@@ -401,6 +401,21 @@ def test_a_leader_that_cannot_read_its_own_record_takes_the_full_way(mesh: Mesh)
     assert mesh.proposers[node].counters["fast"] == 0
 
 
+def test_a_create_that_the_own_disk_does_not_take_reaches_nobody(mesh: Mesh) -> None:
+    node = mesh.leader()
+    looks = iter([None])
+
+    def breaks_at_the_second_look(key: str) -> Record | None:
+        for record in looks:
+            return record
+        raise DamagedData(key)
+
+    mesh.acceptors[node]._lookup = breaks_at_the_second_look
+    mesh.submit(node, op(1, 0, key=CHUNK))
+    assert mesh.proposers[node].counters["fast"] == 1
+    assert mesh.wire == []
+
+
 def test_a_later_attempt_finds_the_create_that_reached_one_acceptor_only(mesh: Mesh) -> None:
     leader = mesh.leader()
     a, b = (n for n in mesh.names if n != leader)
@@ -549,6 +564,18 @@ def test_a_reply_to_a_read_of_an_earlier_process_does_not_count(mesh: Mesh) -> N
     mesh.submit(node, op(1, None))
     mesh.deliver(ReadReply)
     assert mesh.outcomes(node) == []
+
+
+def test_a_reply_from_outside_the_group_or_from_an_older_epoch_is_no_part_of_a_quorum() -> None:
+    mesh = Mesh(config(NODES[:3]), config(NODES[:3], 2))
+    node, a, b = mesh.names
+    mesh.submit(node, op(1, None))
+    (token,) = {m.token for _, _, m in mesh.wire if isinstance(m, Read)}
+    mesh.proposers[node].receive(a, ReadReply(KEY, token, 1, ZERO, ABSENT), 0.0)
+    mesh.proposers[node].receive(NODES[6], ReadReply(KEY, token, 2, ZERO, ABSENT), 0.0)
+    assert mesh.outcomes(node) == []
+    mesh.proposers[node].receive(b, ReadReply(KEY, token, 2, ZERO, ABSENT), 0.0)
+    assert mesh.outcomes(node) == [Found(0, None)], "with the own one, that is a majority"
 
 
 # -- time -------------------------------------------------------------------------------------------
