@@ -57,7 +57,8 @@ class Timing:
     """Seconds. None of these carries safety."""
 
     resend: float = 0.3
-    """Silence after which an Accept is sent again, a Prepare given up, a read taken the full way."""
+    """Silence after which an Accept is sent again, a Prepare given up, a read taken the full way.
+    The least: it grows with the round trips that are measured, and with each attempt in vain."""
     resends: int = 3
     """How often an Accept is sent again before the attempt ends."""
     backoff: float = 1.0
@@ -105,6 +106,8 @@ class KeyState:
     attempt: Attempt | None = None
     lost: int = 0
     """Attempts that ended without a decision, in a row."""
+    silent: int = 0
+    """Attempts that nobody answered in time, in a row."""
     paused_until: float = 0.0
     full_way: bool = False
     """A fast create or a quorum read did not settle it: prepare next time."""
@@ -232,7 +235,11 @@ class Proposer:
 
     def _begin(self, state: KeyState, attempt: Attempt, now: float) -> None:
         state.attempt = attempt
-        self._at(now + self.timing.resend, attempt.key, attempt)
+        self._at(now + self._patience(state), attempt.key, attempt)
+
+    def _patience(self, state: KeyState) -> float:
+        """A fixed bound would never end an operation where round trips and commits are slower than it."""
+        return max(self.timing.resend, 4 * self._rtt) * 2 ** min(state.silent, 4)
 
     def _propose(self, attempt: Attempt, base: Value, now: float) -> None:
         """Phase 2: the value of this ballot is fixed here, once (I3)."""
@@ -335,6 +342,7 @@ class Proposer:
             self._send(missing, Accept(attempt.key, attempt.ballot, attempt.value, attempt.fresh), now)
             return
         self.counters["timeouts"] += 1
+        state.silent += 1
         state.full_way = True
         self._lose(state, attempt, now)
 
@@ -344,6 +352,7 @@ class Proposer:
         """Decided. What waited meanwhile gets its own attempt."""
         state.attempt = None
         state.lost = 0
+        state.silent = 0
         state.full_way = False
         if state.queue:
             self._at(now, attempt.key, None)
