@@ -483,6 +483,7 @@ def test_a_superblock_whose_header_is_gone_is_read_with_the_salt_from_the_index(
         file.write(bytes(FILE_HEADER_BYTES))
     store = open_store(tmp_path)
     store.verify(key_of(1))
+    assert store.stats().read_only_superblocks == 0
     assert outcomes(store, [piece_of(2)]) == ["stored"]
     assert len(superblocks(tmp_path)) == 2
     store.close()
