@@ -31,7 +31,6 @@ CUES = (
     ("subrip", "eng", ((0.5, 1.0, "hello"), (2.0, 1.5, "world"), (5.5, 0.4, "end"))),
     ("ass", "deu", ((0.2, 2.0, "0,0,Default,,0,0,0,,Hallo"), (3.0, 1.0, "1,0,Default,,0,0,0,,Welt"))),
 )
-ASS_HEADER = "[Script Info]\nScriptType: v4.00+\n\n[Events]\nFormat: Layer, Start, End, Style, Text\n"
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,12 @@ FORMATS = [
     Format("opus.ogg", "mp4", _sample(video_codec=None, audio_codec="libopus"), dts=False),
     Format("mpeg4.avi", "mp4", _sample(video_codec="mpeg4", audio_codec="libmp3lame")),
     Format("h264.flv", "flv", _sample(sample_rate=44_100)),
-    Format("tracks.mkv", "matroska", _sample(audio_tracks=3, subtitles=CUES[:1]), dts=False),
+    Format("tracks.mkv", "matroska", _sample(audio_tracks=3, subtitles=CUES), dts=False),
     Format("one-group.mp4", "mp4", _sample(gop_seconds=100), duration=True),
     Format("uneven.mp4", "mp4", _sample(variable_rate=True), duration=True),
     Format("uneven.mkv", "matroska", _sample(variable_rate=True), dts=False),
     Format("middle.mp4", "mp4", _negative_start, duration=True),
-    Format("h264.mpg", "mpegts", _sample(video_codec="mpeg2video", audio_codec="mp2")),
+    Format("mpeg2.mpg", "mpegts", _sample(video_codec="mpeg2video", audio_codec="mp2")),
 ]
 BY_NAME = {f.name: f for f in FORMATS}
 WITH_VIDEO = [f for f in FORMATS if f.name not in ("aac.m4a", "mp3.mp3", "opus.ogg")]
@@ -162,7 +161,7 @@ def test_every_packet_comes_back_out_of_the_stored_bytes(
     ours, theirs = read(made.source), read(io.BytesIO(made.whole))
     assert len(ours) == len(theirs) == len(made.media.tracks)
     for track, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert len(a) > 2, "a test without packets shows nothing"
+        assert len(a) > 1, "a test without packets shows nothing"
         assert [p.payload for p in a] == [p.payload for p in b]
         assert [(p.pts, p.key) for p in a] == [(p.pts, p.key) for p in b]
         if form.dts:
@@ -338,7 +337,7 @@ def test_what_the_container_cannot_hold_is_told_beforehand(folder: Path) -> None
     source = make_sample(folder / "timed.mov", **SMALL)
     timed = folder / "timecode.mov"
     with av.open(str(source)) as plain, av.open(str(timed), "w") as out:
-        streams = [out.add_stream(_codec(s), rate=24) if s.type == "video" else None for s in plain.streams]
+        streams = [out.add_stream("mpeg4", rate=24) if s.type == "video" else None for s in plain.streams]
         assert isinstance(streams[0], av.VideoStream)
         streams[0].width, streams[0].height = 192, 108
         streams[0].metadata["timecode"] = "01:00:00:00"
@@ -348,10 +347,6 @@ def test_what_the_container_cannot_hold_is_told_beforehand(folder: Path) -> None
     with av.open(str(timed)) as check:
         assert any(s.type == "data" for s in check.streams), "the source must have a timecode track"
     assert [what.split(" (")[0] for what in Ingest(timed).lost] == ["timecode track 1"]
-
-
-def _codec(stream: av.stream.Stream) -> str:
-    return "mpeg4"
 
 
 def test_opaque_keeps_every_byte_of_any_file(tmp_path: Path) -> None:
@@ -468,8 +463,15 @@ def test_an_ingest_that_is_given_up_leaves_nothing_open(stored: Callable[[str], 
 
 def test_the_kept_tracks_are_picture_sound_and_subtitles(stored: Callable[[str], Stored]) -> None:
     with av.open(str(stored("tracks.mkv").source)) as container:
-        assert [s.type for s in tracks_of(container)] == ["video", "audio", "audio", "audio", "subtitle"]
-    assert [t.codec for t in stored("tracks.mkv").media.tracks] == ["h264", "aac", "aac", "aac", "subrip"]
+        assert [s.type for s in tracks_of(container)] == ["video", *["audio"] * 3, *["subtitle"] * 2]
+    assert [t.codec for t in stored("tracks.mkv").media.tracks] == [
+        "h264",
+        "aac",
+        "aac",
+        "aac",
+        "subrip",
+        "ass",
+    ]
 
 
 def test_text_subtitles_of_an_mp4_come_back_without_additions(folder: Path) -> None:
