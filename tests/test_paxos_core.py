@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -605,6 +606,24 @@ def test_an_accept_that_nobody_answers_ends_and_the_operation_starts_over_at_a_n
     mesh.run()
     assert mesh.outcomes(node) == [Ok(FIRST)]
     assert mesh.proposers[node].in_flight == 0
+
+
+def test_patience_grows_with_every_attempt_that_nobody_answers_and_with_the_round_trip(mesh: Mesh) -> None:
+    node = mesh.names[0]
+    mesh.submit(node, op(1, 0))
+    began = [0.0]
+    while len(began) < 5:
+        mesh.lose()
+        mesh.at(mesh.proposers[node].next_wake() or 0.0)
+        began += [mesh.now] if mesh.wire else []
+    waits = [after - before for before, after in pairwise(began)]
+    assert all(0.3 * 2**i <= wait <= 0.3 * 2**i + 1.0 for i, wait in enumerate(waits))
+    mesh.now += 2.0
+    mesh.run()
+    mesh.submit(node, op(2, 0))
+    mesh.lose()
+    mesh.at(mesh.now + 0.5)
+    assert mesh.wire == [], "a round trip took two seconds"
 
 
 def test_an_operation_past_its_deadline_is_unknown_and_may_still_happen(mesh: Mesh) -> None:

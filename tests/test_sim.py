@@ -27,7 +27,7 @@ MIXED, EACH = 2000, 200
 """Seeds of the mixed profile and of each other."""
 
 CAUGHT: dict[str, tuple[str, int]] = {
-    "B1-new-value-under-old-ballot": ("undead", 9),  # I3
+    "B1-new-value-under-old-ballot": ("undead", 1),  # I3
     "B2-accept-keeps-promise": ("crashy", 0),  # I2
     "B2-prepare-ignores-accepted": ("crashy", 0),  # I2
     "B3-replies-before-sync": ("crashy", 0),  # I6
@@ -36,7 +36,7 @@ CAUGHT: dict[str, tuple[str, int]] = {
     "B3-votes-in-memory": ("crashy", 0),  # I1
     "B4-ballots-without-owner": ("create-races", 1),  # I3
     "B5-boot-stands-still": ("reborn", 8),  # linearizability
-    "B5-boot-and-rounds-start-over": ("reborn", 58),  # I3
+    "B5-boot-and-rounds-start-over": ("reborn", 351),  # I3
     "B5-tokens-start-over": ("reborn", 8),  # linearizability
     "B6-old-promises-count": ("undead", 1),  # I4
     "B7-highest-of-mixed-quorum": ("hot", 0),  # I6
@@ -50,22 +50,23 @@ CAUGHT: dict[str, tuple[str, int]] = {
     "fresh-ignores-promise": ("graveyard", 0),  # I8
     "fresh-overwrites": ("create-races", 0),  # I1
     "damaged-is-absent": ("mixed", 1),  # I1
-    "old-votes-count": ("undead", 1),  # I6
+    "old-votes-count": ("graveyard", 3),  # I6
     "refusals-count-as-promises": ("create-races", 0),  # I4
     "one-promise-less": ("create-races", 0),  # I4
     "any-promised-value": ("create-races", 0),  # I5
     "one-vote-less": ("create-races", 0),  # I6
-    "first-reply-is-the-answer": ("undead", 0),  # linearizability
+    "first-reply-is-the-answer": ("graveyard", 0),  # linearizability
     "giving-up-is-failure": ("create-races", 0),  # I6
     "versions-stand-still": ("create-races", 0),  # I5
     "forgotten-evidence-is-mismatch": ("hot", 17),  # linearizability
+    "patience-stands-still": ("far", 0),  # liveness
     "everyone-creates": ("create-races", 0),  # I8
     "others-vote-first": ("create-races", 0),  # I8
 }
 """Each wrong variant: the profile that shows it, and the first of its seeds that does."""
 
-SLACK = 150
-"""Seeds that a variant may need beyond the one on record, after a change of the simulator."""
+SLACK = 200
+"""Seeds that a variant may need beyond five times the one on record, after a change of anything."""
 
 
 def test_thousands_of_seeds_show_no_violation() -> None:
@@ -83,7 +84,7 @@ def test_thousands_of_seeds_show_no_violation() -> None:
 
 def test_every_wrong_variant_is_caught() -> None:
     assert set(CAUGHT) == set(MUTANTS)
-    jobs = [Job(profile, 0, seed + SLACK, name) for name, (profile, seed) in CAUGHT.items()]
+    jobs = [Job(profile, 0, 5 * seed + SLACK, name) for name, (profile, seed) in CAUGHT.items()]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(CAUGHT, pool.map(first_caught, jobs), strict=True))
     assert [name for name, seed in found.items() if seed is None] == []

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vstack.errors import DamagedData
-from vstack.mesh.config import NodeId, View, key_epoch
+from vstack.mesh.config import NodeId, View, group, key_epoch, key_subject
 from vstack.mesh.messages import (
     EMPTY,
     Accept,
@@ -137,8 +137,8 @@ class Watcher:
         self._proposed(register, m)
         votes = register.votes.setdefault(m.ballot, set())
         votes.add(node)
-        group = self.view.group(m.key)
-        if m.ballot not in register.chosen and 2 * sum(n in group for n in sorted(votes)) > len(group):
+        acceptors = group(self.view.at(m.ballot.epoch), key_subject(m.key))
+        if m.ballot not in register.chosen and 2 * sum(n in votes for n in acceptors) > len(acceptors):
             self._chosen(register, m)
 
     def _proposed(self, register: Register, m: Accept) -> None:

@@ -19,6 +19,9 @@ from tests.sim.world import Figures, World
 SLICE = 25
 """Seeds in one job."""
 
+MESSAGE = 300
+"""Characters of a violation that are printed."""
+
 
 class Job(NamedTuple):
     profile: str
@@ -53,7 +56,7 @@ def run(job: Job) -> Report:
         try:
             world.run()
         except Violation as violation:
-            report.failures.append(f"{job.again(seed)}    # {violation}")
+            report.failures.append(f"{job.again(seed)}    # {str(violation)[:MESSAGE]}")
         report.figures.add(world.figures)
     return report
 

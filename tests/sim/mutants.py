@@ -261,6 +261,13 @@ class GivingUpIsFailure(Proposer):
         super()._finish(w, outcome)
 
 
+class PatienceStandsStill(Proposer):
+    """Where round trips take longer than this, nothing ever ends."""
+
+    def _patience(self, state: KeyState) -> float:
+        return self.timing.resend
+
+
 class Changing(Proposer):
     """Another change function."""
 
@@ -376,6 +383,7 @@ MUTANTS = {
         Variant("giving-up-is-failure", proposer=GivingUpIsFailure),
         Variant("versions-stand-still", proposer=VersionsStandStill),
         Variant("forgotten-evidence-is-mismatch", proposer=ForgottenEvidenceIsMismatch),
+        Variant("patience-stands-still", proposer=PatienceStandsStill),
         Variant("everyone-creates", AnyoneMayCreate, EveryoneCreates),
         Variant("others-vote-first", proposer=OthersVoteFirst),
     )

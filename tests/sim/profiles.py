@@ -45,7 +45,9 @@ class Profile:
     sync: float = 0.004
     """Mean time of a commit."""
     delay: float = 0.004
-    """Mean time of a message."""
+    """Mean time of a message, beyond the distance."""
+    distance: float = 0.0
+    """Least time of a message."""
     loss: float = 0.0
     duplicate: float = 0.0
     slow: float = 0.0
@@ -85,6 +87,7 @@ PROFILES: dict[str, Profile] = {
     ),
     "graveyard": replace(_STORMY, videos=2, chunks=2, delete=0.35, crashes=0.6, partitions=0.5, echo=0.25),
     "undead": replace(_STORMY, undead=0.15, slow=0.15, duplicate=0.2, crashes=1.0, echo=0.2, chunks=2),
+    "far": replace(_STORMY, distance=0.2, horizon=8.0, patience=3.0, crashes=0.5, partitions=0.3),
     "hot": replace(
         _STORMY, chunks=0, ops=60, clients=6, think=0.1, read=0.15, crashes=0.6, echo=0.4, patience=0.3
     ),
@@ -132,6 +135,7 @@ def _swarm(rng: Random) -> Profile:
         echo=some(0.3),
         sync=rng.choice((0.0005, 0.004, 0.02)),
         delay=rng.choice((0.001, 0.004, 0.03)),
+        distance=rng.choice((0.0, 0.0, 0.0, 0.2)),
         loss=some(0.15),
         duplicate=some(0.25),
         slow=some(0.2),

@@ -27,7 +27,7 @@ from vstack.errors import DamagedData
 from vstack.mesh.config import Config, Member, NodeId, View
 from vstack.mesh.messages import Op, Outcome, Promise, Record, Reply, Request
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Virtual seconds after the end of all faults in which every operation must end."""
 
 
@@ -335,7 +335,7 @@ class World:
                 return
             copies = 2 if chance < p.loss + p.duplicate else 1
         for _ in range(copies):
-            delay = rng.expovariate(1 / p.delay)
+            delay = p.distance + rng.expovariate(1 / p.delay)
             if not self.healed:
                 chance = rng.random()
                 if chance < p.undead:

@@ -239,7 +239,7 @@ class Proposer:
 
     def _patience(self, state: KeyState) -> float:
         """A fixed bound would never end an operation where round trips and commits are slower than it."""
-        return max(self.timing.resend, 4 * self._rtt) * 2 ** min(state.silent, 4)
+        return max(self.timing.resend, 4 * self._rtt) * (1 << min(state.silent, 4))
 
     def _propose(self, attempt: Attempt, base: Value, now: float) -> None:
         """Phase 2: the value of this ballot is fixed here, once (I3)."""
