@@ -452,6 +452,26 @@ def test_a_vote_from_outside_the_group_does_not_count(mesh: Mesh) -> None:
     assert mesh.outcomes(node) == []
 
 
+@pytest.mark.parametrize(("boot", "values"), [(1, 2), (2, 1)], ids=["same boot", "next boot"])
+def test_only_the_boot_in_the_ballot_keeps_a_restarted_node_from_using_a_ballot_twice(
+    boot: int, values: int
+) -> None:
+    """Bug B5, with the wrong boot to show that the schedule has teeth."""
+    mesh = Mesh(size=4)
+    outside = next(n for n in mesh.names if n not in View(mesh.chain).group(KEY))
+    proposed: set[bytes | None] = set()
+    for incarnation in (1, boot):
+        mesh.proposers[outside] = mesh._proposer(outside, incarnation)
+        mesh.submit(outside, op(10 * incarnation + len(proposed), 0, b"%d" % len(proposed)))
+        mesh.deliver(Prepare)
+        mesh.deliver(Promise)
+        accepts = [(to, m) for _, to, m in mesh.wire if isinstance(m, Accept)]
+        proposed |= {m.value.data for _, m in accepts if m.ballot == ballot(1, outside)}
+        mesh.deliver(Accept, to=View(mesh.chain).group(KEY)[0])
+        mesh.lose()
+    assert len(proposed) == values
+
+
 @pytest.mark.parametrize("rounds", [(1, 2), (2, 1)])
 def test_the_value_of_the_highest_ballot_is_the_base(mesh: Mesh, rounds: tuple[int, int]) -> None:
     for node, round in zip(mesh.names, rounds, strict=False):
