@@ -40,11 +40,11 @@ Key = Annotated[
     Meta(
         max_length=200,
         pattern=r"^(video/[0-9a-f]{64}|chunk/[0-9a-f]{64}/[0-9]{1,10}\.[0-9]{1,19}/[0-9]{8}"
-        r"|views/[0-9a-f]{64}/[0-9]{1,10}|config/[0-9]{1,10})$",
+        r"|views/[0-9a-f]{64}/[0-9]{1,10}|config/[0-9]{1,10})\Z",
     ),
 ]
-Prefix = Annotated[str, Meta(max_length=200, pattern=r"^(video|chunk|views)/[0-9a-f./]*$")]
-Node = Annotated[str, Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]{32}$")]
+Prefix = Annotated[str, Meta(max_length=200, pattern=r"^(video|chunk|views)/[0-9a-f./]*\Z")]
+Node = Annotated[str, Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]{32}\Z")]
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Data = Annotated[bytes, Meta(max_length=MAX_RECORD)]
@@ -56,10 +56,10 @@ OpId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 class Ballot(NamedTuple):
     """Compared lexicographically. The owner is (node, boot): unique per process incarnation."""
 
-    epoch: int
-    round: int
-    node: str
-    boot: int
+    epoch: U64
+    round: U64
+    node: Annotated[str, Meta(max_length=32)]
+    boot: U64
 
 
 ZERO = Ballot(0, 0, "", 0)
@@ -68,8 +68,8 @@ ZERO = Ballot(0, 0, "", 0)
 class Applied(NamedTuple):
     """One change that a value remembers, so that a repeated operation applies once."""
 
-    op: bytes
-    replaced: int
+    op: OpId
+    replaced: U64
     """The version that this change replaced."""
 
 
@@ -157,7 +157,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=2):
     version: U64
     mesh: Annotated[str, Meta(max_length=32)]
     """Mesh id; empty while there is none."""
-    role: Annotated[str, Meta(pattern="^(node|client)$")]
+    role: Annotated[str, Meta(pattern=r"^(node|client)\Z")]
     node: Annotated[str, Meta(max_length=32)] = ""
     boot: U64 = 0
     epoch: U64 = 0
@@ -304,7 +304,7 @@ class Listing(msgspec.Struct, frozen=True, array_like=True, tag=14):
 class WirePieceKey(NamedTuple):
     """`PieceKey` with its bounds, as it travels."""
 
-    video: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    video: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     upload: tuple[U32, U64]
     chunk: Annotated[int, Meta(ge=0, lt=1 << 32)]
     piece: Annotated[int, Meta(ge=0, lt=1 << 16)]
@@ -416,4 +416,7 @@ def encode(header: Header) -> bytes:
 
 def decode(raw: bytes | memoryview) -> Header:
     """Raises msgspec.DecodeError for anything that is not exactly one valid header."""
-    return _decode(raw)
+    try:
+        return _decode(raw)
+    except (UnicodeDecodeError, RecursionError) as e:  # text that is not UTF-8; lists in lists in lists
+        raise msgspec.DecodeError(str(e)) from e
