@@ -29,10 +29,11 @@ class Job(NamedTuple):
     seeds: int
     mutant: str = REAL.name
     long: bool = False
+    blind: bool = False
 
     def world(self, seed: int, trace: bool = False) -> World:
         variant = MUTANTS.get(self.mutant, REAL)
-        return World(seed, self.profile, variant, long=self.long, trace=trace)
+        return World(seed, self.profile, variant, long=self.long, trace=trace, blind=self.blind)
 
     def again(self, seed: int) -> str:
         """The line that runs one seed of this job again."""
