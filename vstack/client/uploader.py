@@ -18,7 +18,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ from vstack.mesh.messages import Mismatch
 from vstack.mesh.placement import choose_scheme, next_holder, order, shortfall, survives, wanted_scheme
 from vstack.mesh.registers import (
     INIT_INDEX,
-    UPLOADED,
+    REPLICATED,
     ChunkEntry,
     ChunkRecord,
     InitPiece,
@@ -52,12 +52,13 @@ from vstack.mesh.registers import (
     pack,
     table_hash,
     unpack_chunk,
+    uploaded,
     video_key,
 )
 
 IN_FLIGHT_BYTES = 24 << 20
 """Chunk bytes that are being written at once, before redundancy."""
-HASH_BLOCK = 4 << 20
+HASH_BLOCK = 1 << 20
 BUSY_TRIES = 50
 
 
@@ -99,6 +100,10 @@ class UploadResult:
 
 class LostToAnother(VstackError):
     """Somebody else aborted or replaced this upload meanwhile."""
+
+
+class TooFewNodes(MeshUnavailable):
+    """Not enough nodes took their pieces for any one of them to be expendable."""
 
 
 async def upload(
@@ -156,10 +161,11 @@ class _IngestFactory:
 
 def _hash_file(path: Path, progress: Progress, on_progress: Callable[[Progress], None]) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(HASH_BLOCK):
-            digest.update(block)
-            progress.done += len(block)
+    block = memoryview(bytearray(HASH_BLOCK))  # one for all: fresh memory costs as much as the reading
+    with path.open("rb", buffering=0) as f:
+        while size := f.readinto(block):
+            digest.update(block[:size])
+            progress.done += size
             on_progress(progress)
     return digest.hexdigest()
 
@@ -314,16 +320,29 @@ class _Upload:
         scheme = choose_scheme(wanted, len(self.mesh.members))
         short = shortfall(wanted, scheme)
         if short:
-            self.warnings.append(f"{short}: the mesh has {len(self.mesh.members)} nodes")
+            self._warn(f"{short}: the mesh has {len(self.mesh.members)} nodes")
         return scheme
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     async def _store_chunk(self, upload: UploadId, chunk: Chunk, scheme: Scheme, room: _Room) -> None:
         entry = chunk.entry
         try:
-            places = await self._writer.write(upload, entry.index, chunk.data, scheme)
+            try:
+                places = await self._writer.write(upload, entry.index, chunk.data, entry.sha256, scheme)
+            except TooFewNodes:
+                if scheme.k == 1:
+                    raise
+                # Too few nodes are up for fragments: whole copies on those that are, if that is safe.
+                scheme = REPLICATED
+                places = await self._writer.write(upload, entry.index, chunk.data, entry.sha256, scheme)
         finally:
             room.give(len(chunk.data))
-        record = ChunkRecord(entry, scheme, UPLOADED, places)
+        if len(places) < scheme.m:
+            self._warn(f"{shortfall(scheme, Scheme(1, len(places)))}: some nodes are down")
+        record = ChunkRecord(entry, scheme, uploaded(scheme), places)
         key = chunk_key(self.id, upload, entry.index)
         outcome = await self._registrar.create(Change(key, 0, pack(record)))
         if isinstance(outcome, Mismatch):
@@ -340,9 +359,10 @@ class _Upload:
         data = self.ingest.init
         if not data:
             return None
-        scheme = choose_scheme(Scheme(1, 3), len(self.mesh.members))
-        places = await self._writer.write(upload, INIT_INDEX, data, scheme)
-        return InitPiece(len(data), hashlib.sha256(data).digest(), places)
+        scheme = choose_scheme(REPLICATED, len(self.mesh.members))
+        sha256 = hashlib.sha256(data).digest()
+        places = await self._writer.write(upload, INIT_INDEX, data, sha256, scheme)
+        return InitPiece(len(data), sha256, places)
 
 
 @contextmanager
@@ -424,9 +444,14 @@ class _PieceWriter:
         self._down: dict[NodeId, str] = {}
         """Nodes that failed a write of this upload, and why."""
 
-    async def write(self, upload: UploadId, index: int, data: bytes, scheme: Scheme) -> tuple[Place, ...]:
+    async def write(
+        self, upload: UploadId, index: int, data: bytes, sha256: bytes, scheme: Scheme
+    ) -> tuple[Place, ...]:
         """On disk, all of them, when this returns. Raises MeshUnavailable if too few nodes took theirs."""
-        pieces, hashes = await asyncio.to_thread(_encode, data, scheme)
+        if scheme.k == 1:
+            pieces, hashes = [data] * scheme.m, [sha256] * scheme.m
+        else:
+            pieces, hashes = await asyncio.to_thread(_encode, data, scheme)
         ranked = order(self._mesh.members, self._video, index)
         unusable = {m.node for m in ranked if m.node in self._down or self._mesh.silent(m.node)}
         if len(ranked) - len(unusable) < min(scheme.m, len(ranked)):
@@ -475,7 +500,7 @@ class _PieceWriter:
         scheme: Scheme,
     ) -> str | None:
         """None if it is on that node's disk now, else why not."""
-        key = PieceKey(self._video, upload, index, 0 if scheme.k == 1 else piece, UPLOADED)
+        key = PieceKey(self._video, upload, index, 0 if scheme.k == 1 else piece, uploaded(scheme))
         for attempt in range(BUSY_TRIES):
             try:
                 await self._mesh.put_piece(node, key, scheme, len(data), sha256, payload)
@@ -489,17 +514,16 @@ class _PieceWriter:
                 return None
         return f"node {node[:8]} stayed busy"
 
-    def _too_few(self, index: int, scheme: Scheme) -> MeshUnavailable:
+    def _too_few(self, index: int, scheme: Scheme) -> TooFewNodes:
         why = "; ".join(f"{node[:8]}: {reason}" for node, reason in self._down.items())
         what = "the init segment" if index == INIT_INDEX else f"chunk {index}"
-        return MeshUnavailable(
+        return TooFewNodes(
             f"too few nodes take pieces: {what} needs {scheme.name}, such that any one node may be lost "
             f"({why or 'no node is usable'}). Start the nodes that are down, and upload again to resume"
         )
 
 
-def _encode(data: bytes, scheme: Scheme) -> tuple[Sequence[bytes], list[bytes]]:
+def _encode(data: bytes, scheme: Scheme) -> tuple[list[bytes], list[bytes]]:
+    """The fragments and their hashes."""
     pieces = erasure.encode(data, scheme.k, scheme.m)
-    if scheme.k == 1:
-        return pieces, [hashlib.sha256(data).digest()] * scheme.m
     return pieces, [hashlib.sha256(p).digest() for p in pieces]

@@ -51,7 +51,7 @@ class Generation(NamedTuple):
 
 
 UPLOADED = Generation(0, NO_NODE, 0, 0)
-"""The generation of pieces written by an upload: equal bytes under equal keys, so repeating is harmless."""
+"""The generation of whole copies written by an upload: equal bytes, equal keys: repeating is harmless."""
 
 _PIECE = struct.Struct(">32sIQIHQ16sII")
 
@@ -111,6 +111,12 @@ class Scheme(NamedTuple):
 
 REPLICATED = Scheme(1, 3)
 ERASURE = Scheme(3, 5)
+
+
+def uploaded(scheme: Scheme) -> Generation:
+    """The generation of pieces written by an upload. Pieces of different schemes never share a key."""
+    return UPLOADED if scheme.k == 1 else Generation(0, NO_NODE, scheme.k, scheme.m)
+
 
 Redundancy = Literal["auto", "replicated", "erasure"]
 

@@ -12,20 +12,14 @@ A failed commit of votes ends the process with nothing of that batch sent.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from time import monotonic
-
-import msgspec
 
 from vstack import __version__
 from vstack.errors import VstackError
@@ -41,14 +35,11 @@ from vstack.mesh.messages import (
     Chain,
     Envelope,
     Failure,
-    Found,
     GetConfig,
     GetPiece,
     GetStatus,
     Hello,
     List,
-    Listing,
-    Op,
     Outcome,
     Outcomes,
     PeerStatus,
@@ -59,17 +50,16 @@ from vstack.mesh.messages import (
     PutPiece,
     Read,
     ReadReply,
-    Row,
     Scan,
     ScanReply,
     Status,
     Submit,
-    Value,
 )
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.paxos.proposer import Proposer
-from vstack.mesh.paxos.ranges import Merged, askers, merge
 from vstack.mesh.transport import Answer, Incoming, Link, Transport
+from vstack.node.journal import Journal
+from vstack.node.listing import Gather, Listings
 from vstack.node.store import ChunkStore
 from vstack.node.votes import VoteStore
 from vstack.node.workers import PieceWorkers
@@ -81,6 +71,8 @@ PING_EVERY_FORMING = 0.1
 SUSPECT_AFTER = 1.5
 DOWN_AFTER = 4.0
 RECONNECT_AFTER = 5.0
+INTRODUCTION = 1.0
+"""Seconds that a node with a mesh waits for another member before it serves all the same."""
 MAX_OPS_IN_FLIGHT = 20_000
 
 
@@ -106,31 +98,6 @@ class NodeSettings:
     """Where to append every vote accepted, for audits."""
 
 
-class Journal:
-    """Every vote that this node accepted, one JSON line each, written before its reply leaves.
-
-    For audits and tests: the journals of all nodes together show whether any register ever had two
-    chosen values. A killed process loses none of it; a power cut may.
-    """
-
-    def __init__(self, path: Path, node: NodeId) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._node = node
-
-    def write(self, accepts: list[Accept]) -> None:
-        lines = [
-            {
-                "node": self._node,
-                "key": a.key,
-                "ballot": list(a.ballot),
-                "version": a.value.version,
-                "value": hashlib.sha256(msgspec.msgpack.encode(a.value)).hexdigest(),
-            }
-            for a in accepts
-        ]
-        os.write(self._fd, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-
-
 @dataclass(slots=True, eq=False)
 class Batch:
     """A client's operations, until each has its outcome."""
@@ -138,21 +105,6 @@ class Batch:
     request: Incoming
     outcomes: list[Outcome | None]
     missing: int
-
-
-@dataclass(slots=True, eq=False)
-class Gather:
-    """A listing: pages from the acceptors, then reads of what they disagree on."""
-
-    request: Incoming
-    wanted: List
-    asked: tuple[NodeId, ...]
-    correlation: bytes
-    deadline: float
-    replies: dict[NodeId, ScanReply] = field(default_factory=dict)
-    merged: Merged | None = None
-    unread: set[str] = field(default_factory=set)
-    unreadable: bool = False
 
 
 class Node:
@@ -188,8 +140,7 @@ class Node:
         self._replies: list[tuple[Incoming, Body, bytes | memoryview]] = []
         self._envelopes: list[tuple[Incoming, list[AnyItem]]] = []
         self._scans: list[Incoming] = []
-        self._gathers: dict[bytes, Gather] = {}
-        self._numbers = count(1)
+        self._listings = Listings(self.me, self.view, self.proposer, self._scan)
         self._said_waiting = ""
         self._counters: Counter[str] = Counter()
 
@@ -224,8 +175,9 @@ class Node:
         self._replies += self._workers.take_done()
         self._keep_links(now)
         self._form(now)
+        self._listings.tick(now)
         self.proposer.tick(now)
-        self._collect_outcomes(now)
+        self._collect_outcomes()
         self._commit()
         self._flush(now)
 
@@ -247,6 +199,8 @@ class Node:
         """Everything that waited for the commit."""
         for scan in self._scans:
             self._answer_scan(scan)
+        self._replies += [(request, listing, b"") for request, listing in self._listings.done]
+        self._listings.done = []
         for request, answers in self._envelopes:
             *more, last = envelopes(answers)
             for envelope in more:
@@ -255,6 +209,10 @@ class Node:
         for request, body, payload in self._replies:
             self.transport.reply(request, body, payload)
         self._scans, self._envelopes, self._replies = [], [], []
+        for node, scan_message, correlation, budget in self._listings.to_send:
+            if (link := self._links.get(node)) is not None:
+                self.transport.send(link, scan_message, correlation, budget)
+        self._listings.to_send = []
         outbox, self.proposer.outbox = self.proposer.outbox, []
         if self._forming:
             outbox += self._forming.outbox
@@ -263,8 +221,7 @@ class Node:
         for node, item in outbox:
             by_node.setdefault(node, []).append(item)
         for node, items in by_node.items():
-            link = self._links.get(node)
-            if link is None:
+            if (link := self._links.get(node)) is None:
                 self._counters["unreachable"] += len(items)
                 continue
             for envelope in envelopes(items):
@@ -305,10 +262,11 @@ class Node:
     def _keep_links(self, now: float) -> None:
         """A connection to every member (or listed peer), a ping now and then, a new one if it is deaf."""
         every = PING_EVERY_FORMING if self._forming else PING_EVERY
-        addresses = self._peers if self._forming else [
-            m.address for m in self.view.config.members if m.node != self.me
-        ]  # fmt: skip
-        for address in addresses:
+        addresses = set(self._peers)
+        if not self._forming:
+            strangers = set() if self._announced else addresses - {self.settings.advertise}
+            addresses = {m.address for m in self.view.config.members if m.node != self.me} | strangers
+        for address in sorted(addresses):
             link = self.transport.connect(address, now)
             if now - link.pinged < every:
                 continue
@@ -331,8 +289,9 @@ class Node:
 
     def _form(self, now: float) -> None:
         if self._forming is None:
-            if not self._announced:
+            if not self._announced and (self._met_somebody() or now - self._started > INTRODUCTION):
                 self._announced = True
+                self._drop_strangers()
                 self._on_ready(self)
             return
         self._forming.tick(now)
@@ -343,6 +302,10 @@ class Node:
         if waiting and waiting != self._said_waiting and now - self._started > 1.0:
             self._said_waiting = waiting
             log.warning("waiting to form a mesh: %s", waiting)
+
+    def _met_somebody(self) -> bool:
+        """Whether a member has said hello: then this data directory is of the mesh that is out there."""
+        return len(self.view.config.members) == 1 or bool(self._links)
 
     def _adopt(self, config: Config) -> None:
         """A decided configuration: durable here before anything else is said under it."""
@@ -356,11 +319,15 @@ class Node:
         self.view.adopt(config)
         self.mesh = self.votes.mesh
         self._forming = None
-        listed = {m.address for m in config.members if m.node != self.me}
+        self._drop_strangers()
+        log.info("mesh %s: epoch %d, %d members", self.mesh[:8], config.epoch, len(config.members))
+
+    def _drop_strangers(self) -> None:
+        """Closes connections to addresses that are not another member's."""
+        listed = {m.address for m in self.view.config.members if m.node != self.me}
         for link in self.transport.links:
             if link.address not in listed:
                 self.transport.disconnect(link.address)
-        log.info("mesh %s: epoch %d, %d members", self.mesh[:8], config.epoch, len(config.members))
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -385,7 +352,9 @@ class Node:
         elif isinstance(body, Scan):
             self._scans.append(request)
         elif isinstance(body, List):
-            self._on_list(request, body, now)
+            members = self.view.config.nodes
+            down = {n for n in members if n not in self._links or self.peer_state(n, now) == "down"}
+            self._listings.start(request, body, down - {self.me}, now)
         else:
             self.transport.counters["malformed"] += 1
             self._reply(request, Failure("refused", f"{type(body).__name__} is not a request"))
@@ -425,7 +394,7 @@ class Node:
         for i, op in enumerate(submit.ops):
             self.proposer.submit(op, now, request.deadline, (batch, i))
 
-    def _collect_outcomes(self, now: float) -> None:
+    def _collect_outcomes(self) -> None:
         done, self.proposer.done = self.proposer.done, []
         for tag, outcome in done:
             assert isinstance(tag, tuple)
@@ -436,9 +405,7 @@ class Node:
                 if owner.missing == 0:
                     self._reply(owner.request, Outcomes(tuple(o for o in owner.outcomes if o is not None)))
             elif isinstance(owner, Gather):
-                self._on_gather_read(owner, which, outcome)
-        for gather in [g for g in self._gathers.values() if g.deadline <= now and g.merged is None]:
-            self._merge(gather, now)
+                self._listings.on_read(owner, which, outcome)
 
     def _reply(self, request: Incoming, body: Body) -> None:
         self._replies.append((request, body, b""))
@@ -450,72 +417,15 @@ class Node:
         m = request.body
         assert isinstance(m, Scan)
         try:
-            rows, more = self.votes.scan(m.prefix, m.after, m.limit)
+            self.transport.reply(request, self._scan(m))
         except VstackError as e:
             self.transport.reply(request, Failure("damaged", str(e)[:1000]))
-            return
-        self.transport.reply(request, ScanReply(tuple(rows), more, self.view.epoch))
 
-    def _on_list(self, request: Incoming, wanted: List, now: float) -> None:
-        asked = askers(self.view, wanted.prefix)
-        correlation = next(self._numbers).to_bytes(8)
-        grace = max(0.1, (request.deadline - now) / 2)
-        gather = Gather(request, wanted, asked, correlation, now + grace)
-        self._gathers[correlation] = gather
-        scan = Scan(wanted.prefix, wanted.after, wanted.limit, self.view.epoch)
-        if self.me in asked:
-            self._commit()
-            try:
-                rows, more = self.votes.scan(scan.prefix, scan.after, scan.limit)
-                gather.replies[self.me] = ScanReply(tuple(rows), more, self.view.epoch)
-            except VstackError as e:
-                log.error("%s", e)
-        for node in asked:
-            link = self._links.get(node)
-            if link and self.peer_state(node, now) != "down":
-                self.transport.send(link, scan, correlation, int(grace * 1000))
-            elif node != self.me:
-                gather.asked = tuple(n for n in gather.asked if n != node)
-        if set(gather.replies) >= set(gather.asked):
-            self._merge(gather, now)
-
-    def _on_scan_reply(self, answer: Answer, reply: ScanReply, now: float) -> None:
-        gather = self._gathers.get(answer.correlation)
-        if gather is None or gather.merged is not None or answer.link.hello is None:
-            return
-        gather.replies[answer.link.hello.node] = reply
-        if set(gather.replies) >= set(gather.asked):
-            self._merge(gather, now)
-
-    def _merge(self, gather: Gather, now: float) -> None:
-        wanted = gather.wanted
-        gather.merged = merge(self.view, wanted.prefix, gather.replies, wanted.limit)
-        gather.unread = set(gather.merged.unsettled)
-        for key in gather.merged.unsettled:
-            op = Op(os.urandom(16), key, self.view.epoch)
-            self.proposer.submit(op, now, gather.request.deadline, (gather, key))
-        self._finish_gather(gather)
-
-    def _on_gather_read(self, gather: Gather, key: str, outcome: Outcome) -> None:
-        assert gather.merged is not None
-        gather.unread.discard(key)
-        if isinstance(outcome, Found):
-            gather.merged.rows[key] = Value(outcome.version, outcome.data)
-        else:
-            gather.unreadable = True
-        self._finish_gather(gather)
-
-    def _finish_gather(self, gather: Gather) -> None:
-        merged = gather.merged
-        if gather.unread or merged is None:
-            return
-        self._gathers.pop(gather.correlation, None)
-        rows = tuple(
-            Row(key, v.version, v.data) for key, v in sorted(merged.rows.items()) if v.data is not None
-        )
-        silent = tuple(sorted(set(askers(self.view, gather.wanted.prefix)) - set(gather.replies)))
-        complete = merged.complete and not gather.unreadable
-        self._reply(gather.request, Listing(rows, merged.after, complete, silent))
+    def _scan(self, m: Scan) -> ScanReply:
+        """A page of this node's records, of what is on disk. Raises DamagedData."""
+        self._commit()
+        rows, more = self.votes.scan(m.prefix, m.after, m.limit)
+        return ScanReply(tuple(rows), more, self.view.epoch)
 
     # -- answers of peers -------------------------------------------------------------------------
 
@@ -533,7 +443,8 @@ class Node:
         elif isinstance(body, Chain):
             self._on_chain(body)
         elif isinstance(body, ScanReply):
-            self._on_scan_reply(answer, body, now)
+            if link.hello is not None:
+                self._listings.on_page(link.hello.node, answer.correlation, body, now)
         elif isinstance(body, Envelope) and link.hello is not None:
             for item in body.items:
                 if isinstance(item, Prepare | Accept | Read):

@@ -2,9 +2,9 @@
 
 A RocksDB of its own, `votes/`, which shares nothing with the chunk store. One synced write batch
 per reactor batch; when `commit` returns, what it was given survives a power cut. The write-ahead
-log is recovered in the mode that takes a torn tail in its stride and refuses anything else, and
-every row carries a CRC-32 of its key and body: a row that does not match is reported as damaged,
-never as absent (bug B18).
+log is recovered in the mode that takes a torn tail in its stride and refuses anything else; what
+that mode mistakes for a torn tail, `rocklog` finds before. Every record carries a CRC-32 of its key
+and body. A record that cannot be read is reported as damaged, never as absent (bug B18).
 
     key                 value
     m/identity          NodeId and boot
@@ -18,7 +18,7 @@ The NodeId is minted here, at the first start, and lost with this folder: never 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from uuid import uuid4
 
@@ -28,6 +28,7 @@ from rocksdict import DBRecoveryMode, Options, Rdict, WriteBatch, WriteOptions
 from vstack.errors import DamagedData, VstackError
 from vstack.mesh.config import Config, NodeId, mesh_id, pack_config, unpack_config
 from vstack.mesh.messages import Record, ScanRow
+from vstack.node.rocklog import check_logs
 
 SCAN_BYTES = 256 * 1024
 """Bytes of records in one page of a scan."""
@@ -61,18 +62,29 @@ class VoteStore:
         options.set_keep_log_file_num(2)
         options.set_max_background_jobs(1)
         try:
+            check_logs(folder)
             self._db = Rdict(str(folder), options)
         except Exception as e:  # rocksdict raises plain Exception
-            raise DamagedData(
-                f"the votes in {folder} cannot be opened, so this node must not vote: {e}. "
-                "Start it with an empty data directory to join as a new node"
-            ) from e
+            raise _must_not_vote(folder, e) from e
         self._synced = WriteOptions()
         self._synced.sync = True
-        raw = self._db.get(b"m/identity")
-        old = msgspec.msgpack.decode(raw, type=Identity) if raw else Identity(uuid4().hex, 0)
-        self.identity = Identity(old.node, old.boot + 1)
-        self._put(b"m/identity", _encode(self.identity))
+        try:
+            self.identity = self._next_boot()
+        except Exception as e:
+            self._db.close()
+            raise _must_not_vote(folder, e) from e
+
+    def _next_boot(self) -> Identity:
+        raw = self._get(b"m/identity")
+        if raw is None:
+            if any(True for _ in self._rows(b"")):
+                raise DamagedData("there are votes, but not the identity of the node that gave them")
+            old = Identity(uuid4().hex, 0)
+        else:
+            old = msgspec.msgpack.decode(raw, type=Identity)
+        identity = Identity(old.node, old.boot + 1)
+        self._put(b"m/identity", _encode(identity))
+        return identity
 
     @property
     def node(self) -> NodeId:
@@ -89,7 +101,7 @@ class VoteStore:
 
     def lookup(self, key: str) -> Record | None:
         """Raises DamagedData."""
-        raw = self._db.get(b"r/" + key.encode())
+        raw = self._get(b"r/" + key.encode())
         return None if raw is None else _unpack(key, raw)
 
     def commit(self, records: Mapping[str, Record]) -> None:
@@ -113,40 +125,21 @@ class VoteStore:
         rows: list[ScanRow] = []
         size = 0
         start = b"r/" + prefix.encode()
-        it = self._db.iter()
-        it.seek(max(start, b"r/" + after.encode() + b"\0") if after else start)
-        while it.valid():
-            raw_key = it.key()
-            assert isinstance(raw_key, bytes)
-            if not raw_key.startswith(start):
-                break
+        begin = max(start, b"r/" + after.encode() + b"\0") if after else start
+        for raw_key, raw in self._rows(start, begin):
             if len(rows) == limit or size > SCAN_BYTES:
                 return rows, True
-            raw = it.value()
-            assert isinstance(raw, bytes)
             size += len(raw)
             key = raw_key[2:].decode()
             record = _unpack(key, raw)
             rows.append(ScanRow(key, record.accepted, record.value))
-            it.next()
         return rows, False
 
     # -- the chain, and who was met ---------------------------------------------------------------
 
     def chain(self) -> tuple[Config, ...]:
-        """The decided configurations known here, oldest first."""
-        found: list[Config] = []
-        it = self._db.iter()
-        it.seek(b"c/")
-        while it.valid():
-            key, raw = it.key(), it.value()
-            assert isinstance(key, bytes)
-            assert isinstance(raw, bytes)
-            if not key.startswith(b"c/"):
-                break
-            found.append(unpack_config(raw))
-            it.next()
-        return tuple(found)
+        """The decided configurations known here, oldest first. Raises DamagedData."""
+        return tuple(unpack_config(raw) for _, raw in self._rows(b"c/"))
 
     @property
     def mesh(self) -> str:
@@ -164,7 +157,7 @@ class VoteStore:
         A restored snapshot comes back with a boot that was used already (bug B17).
         """
         key = b"p/" + node.encode()
-        known = self._db.get(key)
+        known = self._get(key)
         highest = int.from_bytes(known) if known else 0
         if boot < highest:
             return False
@@ -172,11 +165,43 @@ class VoteStore:
             self._put(key, boot.to_bytes(8))
         return True
 
+    def _get(self, key: bytes) -> bytes | None:
+        """Raises DamagedData."""
+        try:
+            return self._db.get(key)
+        except Exception as e:
+            raise DamagedData(f"the votes cannot be read: {e}") from e
+
+    def _rows(self, prefix: bytes, begin: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """All rows below `prefix`, from `begin` on, in order. Raises DamagedData: an iterator of RocksDB
+        ends where it cannot read on, and only its status says that this was not the end."""
+        it = self._db.iter()
+        it.seek(begin or prefix)
+        while it.valid():
+            key, value = it.key(), it.value()
+            assert isinstance(key, bytes)
+            assert isinstance(value, bytes)
+            if not key.startswith(prefix):
+                return
+            yield key, value
+            it.next()
+        try:
+            it.status()
+        except Exception as e:
+            raise DamagedData(f"the votes cannot be read: {e}") from e
+
     def _put(self, key: bytes, value: bytes) -> None:
         try:
             self._db.put(key, value, self._synced)
         except Exception as e:
             raise VoteCommitFailed(f"votes could not be written: {e}") from e
+
+
+def _must_not_vote(folder: Path, why: Exception) -> DamagedData:
+    return DamagedData(
+        f"the votes in {folder} cannot be opened, so this node must not vote: {why}. "
+        "Start it with an empty data directory to join as a new node"
+    )
 
 
 def _unpack(key: str, raw: bytes) -> Record:
