@@ -8,7 +8,8 @@ from tests.sim.linearizability import Try
 from vstack.mesh.messages import Found, Mismatch, Ok, Op, Outcome, Unknown
 
 if TYPE_CHECKING:
-    from tests.sim.world import Node, World
+    from tests.sim.node import Node
+    from tests.sim.world import World
 
 TRIES = 4
 """Tries of an operation while there are faults; what is left over must end after them."""
