@@ -1,0 +1,202 @@
+"""The command line as a user types it, against a mesh that `vstack up` started."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vstack.cli.main import build_parser
+from vstack.client.proof import compare_files
+from vstack.local import free_port, running
+from vstack.samples import make_sample
+
+from .cluster import vstack, wait_for
+
+pytestmark = pytest.mark.processes
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which a mesh of five nodes runs detached, as a user would have it."""
+    folder = tmp_path_factory.mktemp("home")
+    port = free_port(5)
+    done = vstack("up", "--detach", "--port", str(port), cwd=folder)
+    assert done.code == 0, done
+    try:
+        yield folder
+    finally:
+        down = vstack("down", "--json", cwd=folder)
+        assert down.json == {"stopped": 5}
+        assert running(folder / ".vstack") == []
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("film") / "holiday.mp4"
+    make_sample(path, seconds=9, size=(320, 180))
+    return path
+
+
+@pytest.fixture(scope="module")
+def video(home: Path, film: Path) -> str:
+    done = vstack("put", film, cwd=home)
+    assert done.code == 0, done
+    assert re.fullmatch(r"[0-9a-f]{64}\n", done.out)
+    return done.out.strip()
+
+
+def test_a_second_up_says_that_the_mesh_runs(home: Path) -> None:
+    vstack("up", "--detach", cwd=home).failed_with(2, "vstack down")
+
+
+def test_putting_it_again_copies_nothing_and_a_new_title_is_an_update(
+    home: Path, film: Path, video: str
+) -> None:
+    def stored(*words: str) -> tuple[object, object]:
+        found = vstack("put", film, "--json", *words, cwd=home).json["stored"]
+        assert isinstance(found, list)
+        assert found[0]["id"] == video
+        return found[0]["state"], found[0]["title"]
+
+    assert stored() == ("present", "holiday")
+    assert stored("--title", "by the sea") == ("updated", "by the sea")
+    assert stored("--title", "holiday") == ("updated", "holiday")
+
+
+def test_ls_and_info_show_it_by_id_prefix_and_title(home: Path, video: str) -> None:
+    plain = vstack("ls", cwd=home)
+    assert video[:12] in plain.out
+    assert "holiday" in plain.out
+    listing = vstack("ls", "--json", cwd=home).json
+    assert listing["complete"] is True
+    for name in (video, video[:6], "holiday"):
+        found = vstack("info", name, "--json", cwd=home).json
+        assert found["id"] == video
+        table = found["chunk_table"]
+        assert isinstance(table, list)
+        assert {(c["k"], c["m"], len({p["node"] for p in c["places"]})) for c in table} == {(3, 5, 5)}
+    assert "any 2 of 5 nodes" in vstack("info", "holiday", cwd=home).out
+
+
+def test_get_gives_a_file_or_a_stream_with_every_packet(
+    home: Path, film: Path, video: str, tmp_path: Path
+) -> None:
+    assert vstack("get", "holiday", "-o", tmp_path / "copy.mp4", cwd=home).code == 0
+    assert compare_files(film, tmp_path / "copy.mp4").equal
+    with (tmp_path / "stream.mp4").open("wb") as stream:
+        command = [sys.executable, "-c", "from vstack.cli import main; main()", "get", video[:8], "-o", "-"]
+        subprocess.run(command, stdout=stream, cwd=home, check=True, timeout=60)
+    assert compare_files(film, tmp_path / "stream.mp4").equal
+
+
+def test_play_decodes_every_frame_and_reports_metrics(home: Path, video: str) -> None:
+    report = vstack("play", video, "--speed", "6", "--json", cwd=home).json
+    assert report["video_frames"] == 9 * 24
+    assert report["decode_errors"] == 0
+    assert report["rebuffers"] == 0
+    plain = vstack("play", video, "--start", "5", "--speed", "6", cwd=home)
+    assert plain.code == 0
+    assert "startup_s" in plain.out
+    vstack("play", video, "--start", "99", cwd=home).failed_with(2, "9.0 s long")
+
+
+def test_rm_hides_it_and_put_brings_it_back(home: Path, film: Path, video: str) -> None:
+    assert vstack("rm", "holiday", cwd=home).code == 0
+    assert vstack("ls", "--json", cwd=home).json["videos"] == []
+    hidden = vstack("ls", "--all", "--json", cwd=home).json["videos"]
+    assert isinstance(hidden, list)
+    assert [(v["id"], v["state"]) for v in hidden] == [(video, "deleted")]
+    vstack("get", video, "-o", "x.mp4", cwd=home).failed_with(4, "vstack ls")
+    again = vstack("put", film, "--json", cwd=home).json["stored"]
+    assert isinstance(again, list)
+    assert again[0]["state"] == "undeleted"
+
+
+def test_status_and_nodes_answer_in_both_forms(home: Path) -> None:
+    status = vstack("status", "--json", cwd=home)
+    assert status.code == 0
+    assert status.json["nodes_up"] == 5
+    counters = status.json["counters"]
+    assert isinstance(counters, dict)
+    assert counters["paxos.chosen"] > 0
+    assert "healthy" in vstack("status", cwd=home).out
+    nodes = vstack("nodes", "--json", cwd=home).json["nodes"]
+    assert isinstance(nodes, list)
+    assert len(nodes) == 5
+    assert len(vstack("nodes", cwd=home).out.splitlines()) == 6
+
+
+def test_a_folder_is_stored_recursively_with_a_summary_of_failures(
+    home: Path, film: Path, tmp_path: Path, video: str
+) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "same.mp4").write_bytes(film.read_bytes())
+    (tmp_path / "broken.mp4").write_bytes(b"no film at all" * 100)
+    (tmp_path / "notes.txt").write_text("not to be looked at")
+    done = vstack("put", tmp_path, "--json", cwd=home)
+    assert done.code == 5
+    stored, failed = done.json["stored"], done.json["failed"]
+    assert isinstance(stored, list)
+    assert isinstance(failed, list)
+    assert [s["state"] for s in stored] == ["present"]
+    assert [Path(f["file"]).name for f in failed] == ["broken.mp4"]
+    assert "1 failed" in vstack("put", tmp_path, cwd=home).err
+
+
+def test_standard_input_is_stored_too(home: Path, tmp_path: Path) -> None:
+    film = tmp_path / "pipe.mkv"
+    make_sample(film, seconds=2, size=(160, 90), kind="mandelbrot")
+    command = [sys.executable, "-c", "from vstack.cli import main; main()", "put", "-", "--title", "piped"]
+    with film.open("rb") as source:
+        done = subprocess.run(command, stdin=source, capture_output=True, cwd=home, check=True, timeout=60)
+    assert re.fullmatch(rb"[0-9a-f]{64}\n", done.stdout)
+    assert vstack("rm", "piped", cwd=home).code == 0
+
+
+def test_up_in_the_foreground_ends_its_nodes_on_ctrl_c_and_when_it_is_killed(tmp_path: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGKILL):
+        port = str(free_port(3))
+        command = [sys.executable, "-c", "from vstack.cli import main; main()", "up", "3", "--port", port]
+        folder = tmp_path / number.name
+        folder.mkdir()
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            while b"the mesh is up" not in process.stdout.readline():
+                assert process.poll() is None
+            pids = running(folder / ".vstack")
+            assert len(pids) == 3
+            os.kill(process.pid, number)
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
+            process.communicate()
+        wait_for(lambda folder=folder: running(folder / ".vstack") == [])  # type: ignore[misc]
+
+
+def test_help_lists_every_verb_and_the_exit_codes() -> None:
+    text = vstack("--help").out
+    for verb in ("up", "down", "put", "ls", "info", "get", "play", "rm", "status", "nodes"):
+        assert re.search(rf"^    {verb} ", text, re.MULTILINE), verb
+        assert vstack(verb, "--help").code == 0
+    assert "exit codes" in text
+
+
+def test_every_vstack_command_in_the_readme_and_the_manual_parses() -> None:
+    """Those that need a mesh run in the tests above; scripts/demo and scripts/test run in CI."""
+    lines = []
+    for page in (ROOT / "README.md", ROOT / "docs" / "cli.md", ROOT / "docs" / "operations.md"):
+        for block in re.findall(r"```(?:sh)?\n(.*?)```", page.read_text(), re.DOTALL):
+            lines += re.findall(r"^\$?\s*(?:\.venv/bin/)?vstack ([^|\n#]+)", block, re.MULTILINE)
+    assert len(lines) > 10
+    for line in lines:
+        build_parser().parse_args(shlex.split(line))
