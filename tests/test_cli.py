@@ -16,6 +16,7 @@ import pytest
 from vstack.cli.main import build_parser
 from vstack.client.proof import compare_files
 from vstack.local import free_port, running
+from vstack.node.main import read_options, settings_from
 from vstack.samples import make_sample
 
 from .cluster import vstack, wait_for
@@ -200,3 +201,13 @@ def test_every_vstack_command_in_the_readme_and_the_manual_parses() -> None:
     assert len(lines) > 10
     for line in lines:
         build_parser().parse_args(shlex.split(line))
+
+
+def test_every_vstack_node_command_in_the_pages_is_a_good_configuration() -> None:
+    lines = []
+    for page in (ROOT / "README.md", ROOT / "docs" / "operations.md"):
+        lines += re.findall(r"^vstack-node ([^|\n#]+)", page.read_text(), re.MULTILINE)
+    assert lines
+    for line in lines:
+        settings = settings_from(read_options(shlex.split(line)))
+        assert settings.advertise in settings.peers
