@@ -28,6 +28,8 @@ MAX_CONTROL = 1 << 20
 """Bytes of one part on the control lane."""
 MAX_PIECE = 8 << 20
 """Bytes of one piece: a whole copy of the largest chunk."""
+MAX_RANGE = 1 << 20
+"""Bytes that one request reads: what a node keeps in memory for a connection is bounded by it."""
 MAX_DATA = 9 << 20
 """Bytes of one part on the data lane."""
 MAX_SUBMIT = 512
@@ -331,7 +333,7 @@ class Stored(msgspec.Struct, frozen=True, array_like=True, tag=16):
 class GetPiece(msgspec.Struct, frozen=True, array_like=True, tag=17):
     key: WirePieceKey
     offset: Annotated[int, Meta(ge=0, le=MAX_PIECE)]
-    length: Annotated[int, Meta(ge=0, le=MAX_PIECE)]
+    length: Annotated[int, Meta(ge=1, le=MAX_RANGE)]
 
 
 class PieceData(msgspec.Struct, frozen=True, array_like=True, tag=18):

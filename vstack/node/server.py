@@ -179,7 +179,7 @@ class Node:
         self.proposer.tick(now)
         self._collect_outcomes()
         self._commit()
-        self._flush(now)
+        self._flush()
 
     def _patience(self, now: float) -> float:
         wake = self.proposer.next_wake()
@@ -195,7 +195,7 @@ class Node:
                 self.acceptor.journal = []
             self._counters["vote_commits"] += 1
 
-    def _flush(self, now: float) -> None:
+    def _flush(self) -> None:
         """Everything that waited for the commit."""
         for scan in self._scans:
             self._answer_scan(scan)
@@ -432,7 +432,7 @@ class Node:
     def _on_answer(self, answer: Answer, now: float) -> None:
         link, body = answer.link, answer.header.body
         if isinstance(body, Hello):
-            self._on_peer_hello(link, body, now)
+            self._on_peer_hello(link, body)
         elif isinstance(body, Failure):
             self._on_failure(link, body)
         elif isinstance(body, Pong):
@@ -446,15 +446,19 @@ class Node:
             if link.hello is not None:
                 self._listings.on_page(link.hello.node, answer.correlation, body, now)
         elif isinstance(body, Envelope) and link.hello is not None:
-            for item in body.items:
-                if isinstance(item, Prepare | Accept | Read):
-                    self.transport.counters["malformed"] += 1
-                elif self._forming is not None:
-                    self._forming.receive(link.hello.node, item)
-                else:
-                    self.proposer.receive(link.hello.node, item, now)
+            self._on_replies(link.hello.node, body, now)
 
-    def _on_peer_hello(self, link: Link, hello: Hello, now: float) -> None:
+    def _on_replies(self, node: NodeId, envelope: Envelope, now: float) -> None:
+        """An acceptor's replies. Those of a node that is no member count for nothing."""
+        for item in envelope.items:
+            if isinstance(item, Prepare | Accept | Read):
+                self.transport.counters["malformed"] += 1
+            elif self._forming is not None:
+                self._forming.receive(node, item)
+            elif self.view.config.member(node) is not None:
+                self.proposer.receive(node, item, now)
+
+    def _on_peer_hello(self, link: Link, hello: Hello) -> None:
         if hello.node != self.me and not self.votes.meet(hello.node, hello.boot):
             log.error("node %s at %s came back with an old boot: ignored", hello.node[:8], link.address)
             return
@@ -466,7 +470,7 @@ class Node:
                 self.transport.send(link, GetConfig(0), bytes(7) + b"\1")
 
     def _on_failure(self, link: Link, failure: Failure) -> None:
-        if failure.code == "wrong-mesh" and not any(k.hello for k in self.transport.links):
+        if failure.code == "wrong-mesh" and not self._announced and not self._links:
             raise NotOurMesh(
                 f"{self.settings.data} belongs to mesh {self.mesh[:8]}, "
                 f"but {link.address} says: {failure.text}"
