@@ -87,7 +87,10 @@ class LocalNode:
         raise NodeFailed(f"node {self.number} ({self.address}) is not ready after {within:.0f} s: {self.log}")
 
     def last_words(self) -> str:
-        """The last line of its log."""
+        """How it ended, in words: the signal that killed it, or the last line of its log."""
+        code = self.process.poll() if self.process is not None else None
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return lines[-1] if lines else "it said nothing"
 

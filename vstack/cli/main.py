@@ -120,7 +120,8 @@ def run(argv: list[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        show.err.print("vstack: interrupted")
+        resumes = "; the same command resumes" if options.verb == "put" else ""
+        show.err.print(f"vstack: interrupted{resumes}")
         return 130
 
 
