@@ -1,4 +1,4 @@
-"""Finds the damage that RocksDB takes for a torn tail (bug B18).
+"""Finds the damage that RocksDB overlooks: what it takes for a torn tail (bug B18), or for ever.
 
 RocksDB's logs, the write-ahead log and the manifest, are blocks of 32 KiB filled with records:
 
@@ -9,7 +9,9 @@ crash left half written, and it and all that follow are dropped in silence. That
 record, and loses acknowledged votes if a bit of the length flipped: the length is not under the
 checksum. The two can be told apart: the payload of a torn record is not all there, so that no
 beginning of it fits the checksum; where one does, the record was whole once, and its length is
-damaged. Every other damage fails a checksum, and RocksDB itself refuses to open.
+damaged. A type of 5 to 8 is that of a recycled log, which ours never are: one flipped bit makes it
+of an ordinary one, and RocksDB then reads the same record again without end. Every other damage
+fails a checksum, and RocksDB itself refuses to open.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from vstack.errors import DamagedData
 
 BLOCK = 32 * 1024
 _HEADER = struct.Struct("<IHB")
+_RECYCLED = range(5, 9)
 
 
 def _table() -> tuple[int, ...]:
@@ -41,28 +44,28 @@ def _unmask(masked: int) -> int:
 
 
 def check_logs(folder: Path) -> None:
-    """Looks at the end of each log in a database's folder. Raises DamagedData, OSError."""
+    """Looks at the headers in the logs of a database's folder. Raises DamagedData, OSError."""
     for path in sorted([*folder.glob("*.log"), *folder.glob("MANIFEST-*")]):
-        with path.open("rb") as f:
-            size = f.seek(0, 2)
-            f.seek(size - size % BLOCK)
-            at = damaged_length(f.read())
+        at = damaged_header(path.read_bytes())
         if at is not None:
-            raise DamagedData(
-                f"{path} is damaged at byte {size - size % BLOCK + at}: "
-                "a record claims to be longer than it was written"
-            )
+            raise DamagedData(f"{path} is damaged at byte {at}: the header of a record is not as written")
 
 
-def damaged_length(block: bytes) -> int | None:
-    """Where in the last block of a log a whole record claims more than is there; None if nowhere."""
-    at = 0
-    while at + _HEADER.size <= len(block):
-        masked, length, _ = _HEADER.unpack_from(block, at)
-        start = at + _HEADER.size
-        if start + length > len(block):
-            return at if _begins_with(_unmask(masked), block[start - 1 :]) else None
-        at = start + length
+def damaged_header(log: bytes) -> int | None:
+    """Where in a log the first record begins whose type or length is not what was written; None if
+    nowhere, which says nothing about payloads."""
+    for block in range(0, len(log), BLOCK):
+        at, end = block, min(block + BLOCK, len(log))
+        while at + _HEADER.size <= end:
+            masked, length, kind = _HEADER.unpack_from(log, at)
+            if kind in _RECYCLED:
+                return at
+            start = at + _HEADER.size
+            if start + length > end:
+                if end == len(log) and _begins_with(_unmask(masked), log[start - 1 : end]):
+                    return at
+                break
+            at = start + length
     return None
 
 
