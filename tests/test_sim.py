@@ -49,7 +49,7 @@ CAUGHT: dict[str, tuple[str, int]] = {
     "accept-ignores-promise": ("crashy", 0),  # I5
     "fresh-ignores-promise": ("graveyard", 0),  # I8
     "fresh-overwrites": ("create-races", 0),  # I1
-    "damaged-is-absent": ("mixed", 1),  # I1
+    "damaged-is-absent": ("mixed", 6),  # I1
     "old-votes-count": ("graveyard", 3),  # I6
     "refusals-count-as-promises": ("create-races", 0),  # I4
     "one-promise-less": ("create-races", 0),  # I4

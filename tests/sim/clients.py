@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tests.sim.invariants import Violation
 from tests.sim.linearizability import Try
 from vstack.mesh.messages import Found, Mismatch, Ok, Op, Outcome, Unknown
 
 if TYPE_CHECKING:
     from tests.sim.node import Node
     from tests.sim.world import World
+
+LIVENESS = 20.0
+"""Virtual seconds in which an operation ends once there are no faults."""
 
 TRIES = 4
 """Tries of an operation while there are faults; what is left over must end after them."""
@@ -84,7 +88,16 @@ class Client:
         self.world.ops_left -= 1
         self.current = op
         self._tries = 0
+        if self.world.healed:
+            self._expect_end(op)
         self._try(node)
+
+    def _expect_end(self, op: Op) -> None:
+        self.world.at(self.world.now + LIVENESS, self._check_end, op)
+
+    def _check_end(self, op: Op) -> None:
+        if self.current is op:
+            raise Violation(f"liveness: {op} without an outcome, {LIVENESS} s after the last fault")
 
     def _try(self, node: Node | None) -> None:
         """Through `node`; the next try goes to any other node, while this one may still go on."""
@@ -128,9 +141,12 @@ class Client:
     # -- the end ----------------------------------------------------------------------------------
 
     def on_heal(self) -> None:
-        """What was given up is taken up again, and must end now."""
+        """What was given up is taken up again, what waits is asked again, and all of it must end now."""
         if self.current is None:
             self._next()
+        else:
+            self._expect_end(self.current)
+            self._try(self.world.some_node())
 
     def look(self) -> None:
         """Reads every key, so that what the history left open is seen."""
