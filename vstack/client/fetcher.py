@@ -140,8 +140,12 @@ class ChunkFetcher:
                 self._spawn(self._get(fetch))
             while self._scheduler.stuck:
                 self._spawn(self._reread(self._scheduler.stuck.pop()))
-            for job in list(self._jobs.values()):
-                if now - job.progress > PATIENCE and not job.done.done():
+            self._finish_all()
+            progress = 0.0
+            for job in sorted(self._jobs.values(), key=lambda j: (j.deadline, j.record.entry.index)):
+                # while a more urgent chunk gets on, this one only waits its turn
+                progress = job.progress = max(progress, job.progress)
+                if now - progress > PATIENCE and not job.done.done():
                     job.done.set_exception(self._too_few(job))
             wake = self._scheduler.next_wake()
             pause = 1.0 if wake is None else min(1.0, max(0.001, wake - now))
@@ -156,13 +160,14 @@ class ChunkFetcher:
 
     async def _get(self, fetch: Fetch) -> None:
         job = self._jobs.get(fetch.chunk)
+        if job is None:  # not wanted any more, and never asked for: the node has not failed
+            self._scheduler.failed(fetch.number, monotonic(), gone=True)
+            return
+        record = job.record
+        key = PieceKey(self._video, self._upload, fetch.chunk, fetch.piece, record.generation)
         try:
-            if job is None:
-                raise NoAnswer("not wanted any more")
-            generation = job.record.generation
-            key = PieceKey(self._video, self._upload, fetch.chunk, fetch.piece, generation)
             data, info = await self._mesh.get_range(fetch.node, key, fetch.offset, fetch.length, timeout=10.0)
-            size = erasure.fragment_size(job.record.entry.size, job.record.scheme.k)
+            size = erasure.fragment_size(record.entry.size, record.scheme.k)
             if len(data) != fetch.length or info.total != size:
                 raise DamagedData(f"node {fetch.node[:8]} holds a piece of another size")
         except (NoAnswer, Refused, DamagedData) as e:
@@ -170,9 +175,8 @@ class ChunkFetcher:
                 isinstance(e, Refused) and e.code in ("not-found", "damaged", "refused", "io")
             )
             self.failures.append((monotonic(), fetch.node, str(e)))
-            if job is not None:
-                job.failovers += 1
-                job.failed_at = job.failed_at or monotonic()
+            job.failovers += 1
+            job.failed_at = job.failed_at or monotonic()
             self._scheduler.failed(fetch.number, monotonic(), gone=gone)
         else:
             self._take(fetch, job, data)
@@ -190,6 +194,9 @@ class ChunkFetcher:
         job.blocks.setdefault(fetch.piece, {})[fetch.offset] = data
         source = job.sources.setdefault(fetch.piece, {})
         source[fetch.node] = source.get(fetch.node, 0) + len(data)
+        self._finish_all()
+
+    def _finish_all(self) -> None:
         while self._scheduler.finished:
             index, pieces = self._scheduler.finished.pop()
             finished = self._jobs.get(index)
@@ -200,7 +207,7 @@ class ChunkFetcher:
         """Checks the pieces, puts the chunk together, checks it."""
         record, entry = job.record, job.record.entry
         hashes = {place.piece: place.sha256 for place in record.places}
-        blocks = {n: sorted(job.blocks[n].items()) for n in pieces}
+        blocks = {n: sorted(job.blocks.get(n, {}).items()) for n in pieces}
 
         def assemble() -> tuple[list[int], bytes, bool]:
             parts = {n: b"".join(data for _, data in found) for n, found in blocks.items()}
@@ -231,7 +238,7 @@ class ChunkFetcher:
             return
         served: dict[NodeId, int] = {}
         for n in pieces:
-            for node, size in job.sources[n].items():
+            for node, size in job.sources.get(n, {}).items():
                 served[node] = served.get(node, 0) + size
         job.done.set_result(FetchedChunk(entry, data, served, monotonic() - job.began, job.failovers))
 
@@ -252,7 +259,11 @@ class ChunkFetcher:
                 job.done.set_exception(e)
             return
         if found.data is not None:
-            job.record = unpack_chunk(found.data)
+            record = unpack_chunk(found.data)
+            if record.scheme != job.record.scheme:  # fragments became copies, or the other way round
+                job.blocks.clear()
+                job.sources.clear()
+            job.record = record
         self._want(job)
         self._wake.set()
 

@@ -11,7 +11,9 @@ was measured so far; a node that is silent for SILENCE seconds, or whose connect
 its blocks to the next best, and is left alone for a while. Any k pieces of a chunk do: whole
 copies are k = 1, with several holders of one piece.
 
-It never gives up by itself: when all holders are silent it goes on trying them, in turns.
+It never gives up by itself: when all holders fail it goes on trying them, in turns, every RETRY
+seconds. A block that a silent node still owes is not asked of it a second time: a slow node would
+drown in repetitions.
 """
 
 from __future__ import annotations
@@ -32,8 +34,12 @@ FORGET = 30.0
 """Seconds after which an estimate is not believed any more."""
 MIN_BLOCK, MAX_BLOCK = 64 << 10, 512 << 10
 MIN_SAMPLE = 16 << 10
+HALF_LIFE = 0.5
+"""Seconds of service after which an old measurement weighs half."""
 SUSPICION = 2.0
 """Seconds by which a node that failed last time counts as slower, until it answers again."""
+RETRY = 0.5
+"""Seconds for which a failed node is left alone although nobody else has what it has."""
 TIE = 0.02
 """Seconds within which two holders count as equally fast."""
 
@@ -84,7 +90,9 @@ class Scheduler(Protocol):
 @dataclass(slots=True)
 class _Node:
     rate: float = 0.0
-    """Bytes a second, smoothed; 0 if never measured."""
+    """Bytes a second, smoothed; 0 if never measured. `bytes` / `busy` seconds, of late."""
+    bytes: float = 0.0
+    busy: float = 0.0
     rtt: float = PRIOR_RTT
     measured: float = -1e9
     last_byte: float = -1e9
@@ -93,6 +101,7 @@ class _Node:
     owed: int = 0
     requests: dict[int, float] = field(default_factory=dict)
     failures: int = 0
+    failed_at: float = -1e9
     closed_until: float = -1e9
 
 
@@ -102,6 +111,8 @@ class _Block:
     length: int
     got: bool = False
     asked: set[int] = field(default_factory=set)
+    late: set[NodeId] = field(default_factory=set)
+    """Nodes that lost it by their silence, and may still send it."""
 
 
 @dataclass(slots=True)
@@ -112,7 +123,7 @@ class _Piece:
 
     @property
     def complete(self) -> bool:
-        return bool(self.blocks) and all(b.got for b in self.blocks)
+        return not self.length or (bool(self.blocks) and all(b.got for b in self.blocks))
 
 
 @dataclass(slots=True)
@@ -120,6 +131,21 @@ class _Chunk:
     wanted: Wanted
     pieces: dict[int, _Piece]
     stuck: bool = False
+    finished: bool = False
+
+    @property
+    def complete(self) -> tuple[int, ...]:
+        """k complete pieces, or as many as there are."""
+        return tuple(sorted(n for n, p in self.pieces.items() if p.complete))[: self.wanted.k]
+
+
+@dataclass(slots=True)
+class _Request:
+    fetch: Fetch
+    sent: float
+    block: _Block
+    lost: bool = False
+    """Its node failed meanwhile, and the block was given back."""
 
 
 class BestHolder:
@@ -132,9 +158,10 @@ class BestHolder:
         """Blocks that were taken from a failed node and given to another."""
         self._nodes: dict[NodeId, _Node] = {}
         self._chunks: dict[int, _Chunk] = {}
-        self._open: dict[int, tuple[Fetch, float, bool]] = {}
-        """Requests under way: what, when sent, and whether its node lost it meanwhile."""
+        self._open: dict[int, _Request] = {}
         self._numbers = count(1)
+        self._now = -1e9
+        """When `requests` was last called."""
 
     # -- what is wanted ---------------------------------------------------------------------------
 
@@ -146,7 +173,11 @@ class BestHolder:
             for n, piece in pieces.items():
                 if n in old.pieces and old.pieces[n].length == piece.length:
                     piece.blocks = old.pieces[n].blocks
-        self._chunks[wanted.index] = _Chunk(wanted, pieces)
+        chunk = self._chunks[wanted.index] = _Chunk(wanted, pieces)
+        if old is not None and old.finished and len(chunk.complete) == wanted.k:
+            chunk.finished = True  # and said so already
+        else:
+            self._see_whether_finished(chunk)
 
     def forget(self, index: int) -> None:
         """The chunk is not wanted any more; what arrives for it is wasted."""
@@ -157,13 +188,15 @@ class BestHolder:
         chunk = self._chunks.get(index)
         if chunk is not None and piece in chunk.pieces:
             p = chunk.pieces[piece]
-            p.blocks = []
+            p.blocks = []  # what is still under way belongs to these, and is wasted
             p.holders = [n for n in p.holders if n != node]
+            chunk.finished = False
 
     # -- what to do -------------------------------------------------------------------------------
 
     def requests(self, now: float) -> list[Fetch]:
         """The requests to make now, most urgent first."""
+        self._now = now
         self._notice_silence(now)
         out: list[Fetch] = []
         for chunk in sorted(self._chunks.values(), key=lambda c: (c.wanted.deadline, c.wanted.index)):
@@ -172,11 +205,18 @@ class BestHolder:
                 for block in piece.blocks:
                     if block.got or block.asked:
                         continue
-                    node = min(piece.holders, key=lambda n: self._finish(n, block.length, now))
-                    if not self._has_credit(node, block.length, now):
-                        continue
-                    out.append(self._ask(chunk.wanted.index, number, block, node, now))
+                    node = self._best(piece, block, now)
+                    if node is not None and self._has_credit(node, block.length, now):
+                        out.append(self._ask(chunk.wanted.index, number, block, node, now))
         return out
+
+    def _best(self, piece: _Piece, block: _Block, now: float) -> NodeId | None:
+        """The holder that would have the block here first; None if all are to be left alone just now."""
+        holders = [n for n in piece.holders if n not in block.late]
+        usable = [n for n in holders if self._node(n).closed_until <= now] or [
+            n for n in holders if now >= self._node(n).failed_at + RETRY
+        ]
+        return min(usable, key=lambda n: self._finish(n, block.length, now), default=None)
 
     def _choose(self, chunk: _Chunk, now: float) -> list[int]:
         """The pieces to work on: complete or begun ones first, then those that would be here first."""
@@ -212,49 +252,51 @@ class BestHolder:
         state = self._node(node)
         state.owed += block.length
         state.requests[fetch.number] = now
-        self._open[fetch.number] = (fetch, now, False)
+        self._open[fetch.number] = _Request(fetch, now, block)
         return fetch
 
     # -- what happened ----------------------------------------------------------------------------
 
     def received(self, number: int, now: float) -> bool:
         """The block is here. True if it was still needed: otherwise its bytes are wasted."""
-        fetch, sent, _ = self._open.pop(number)
-        self._sample(fetch, sent, now)
-        block = self._block_of(fetch)
-        if block is None or block.got:
+        request = self._open.pop(number)
+        self._sample(request.fetch, request.sent, now)
+        request.block.late.discard(request.fetch.node)
+        if not self._is_wanted(request) or request.block.got:
             return False
-        block.got = True
-        chunk = self._chunks[fetch.chunk]
-        whole = tuple(sorted(n for n, p in chunk.pieces.items() if p.complete))
-        if len(whole) >= chunk.wanted.k:
-            self.finished.append((fetch.chunk, whole[: chunk.wanted.k]))
+        request.block.got = True
+        self._see_whether_finished(self._chunks[request.fetch.chunk])
         return True
+
+    def _see_whether_finished(self, chunk: _Chunk) -> None:
+        if not chunk.finished and len(chunk.complete) == chunk.wanted.k:
+            chunk.finished = True
+            self.finished.append((chunk.wanted.index, chunk.complete))
 
     def failed(self, number: int, now: float, *, gone: bool) -> None:
         """The request failed. `gone`: the node answers, but does not have the piece, or not whole."""
-        fetch, _, lost = self._open.pop(number)
+        request = self._open.pop(number)
+        fetch = request.fetch
         state = self._node(fetch.node)
         if state.requests.pop(number, None) is not None:
             state.owed -= fetch.length
-        block = self._block_of(fetch)
-        if block is not None:
-            block.asked.discard(number)
+        request.block.asked.discard(number)
+        request.block.late.discard(fetch.node)
         if gone:
-            chunk = self._chunks.get(fetch.chunk)
-            if chunk is not None and fetch.piece in chunk.pieces:
-                piece = chunk.pieces[fetch.piece]
+            state.last_byte = now  # it did answer
+            if self._is_wanted(request):
+                piece = self._chunks[fetch.chunk].pieces[fetch.piece]
                 piece.holders = [n for n in piece.holders if n != fetch.node]
-        elif not lost:
+        elif not request.lost:
             self._close(fetch.node, now)
 
     def next_wake(self) -> float | None:
         """When `requests` may have something new to say, if nothing happens before."""
-        times = [
-            max(n.last_byte, min(n.requests.values())) + SILENCE for n in self._nodes.values() if n.requests
-        ]
-        if self._chunks and not times:
-            times = [n.closed_until for n in self._nodes.values() if n.closed_until > 0]
+        nodes = self._nodes.values()
+        times = [max(n.last_byte, min(n.requests.values())) + SILENCE for n in nodes if n.requests]
+        if any(not c.finished for c in self._chunks.values()):
+            again = [t for n in nodes for t in (n.closed_until, n.failed_at + RETRY)]
+            times += [t for t in again if t > self._now]
         return min(times, default=None)
 
     # -- what is known of the nodes ---------------------------------------------------------------
@@ -305,9 +347,12 @@ class BestHolder:
         began = max(state.free_at, sent)
         busy = max(1e-4, now - began)
         if fetch.length >= MIN_SAMPLE:
-            sample = fetch.length / busy
-            old = state.rate if self._known(state, now) else sample
-            state.rate = max(2000.0, old + (sample - old) * 0.3)
+            # Weighed by time, so that of two answers that are handled in one go the second, which seems
+            # to have taken none, does not make a slow node look fast.
+            keep = 0.5 ** (busy / HALF_LIFE) if self._known(state, now) else 0.0
+            state.bytes = state.bytes * keep + fetch.length
+            state.busy = state.busy * keep + busy
+            state.rate = max(2000.0, state.bytes / state.busy)
             state.measured = now
         state.rtt += (min(0.5, max(0.0005, now - sent)) - state.rtt) * 0.1
         state.free_at = state.last_byte = now
@@ -316,27 +361,28 @@ class BestHolder:
 
     def _notice_silence(self, now: float) -> None:
         for node, state in self._nodes.items():
-            if state.requests and now - max(state.last_byte, min(state.requests.values())) >= SILENCE:
+            if state.requests and now >= max(state.last_byte, min(state.requests.values())) + SILENCE:
                 self._close(node, now)
 
     def _close(self, node: NodeId, now: float) -> None:
         """The node failed: its blocks return at once, and it is left alone for a while."""
         state = self._node(node)
         state.failures += 1
-        state.closed_until = now + min(5.0, 0.5 * 2**state.failures)
-        for number in list(state.requests):
-            fetch, sent, _ = self._open[number]
-            self._open[number] = (fetch, sent, True)
-            block = self._block_of(fetch)
-            if block is not None and not block.got:
-                block.asked.discard(number)
+        state.failed_at = now
+        state.closed_until = now + min(5.0, 0.5 * 2 ** min(state.failures, 5))
+        for number in state.requests:
+            request = self._open[number]
+            request.lost = True
+            request.block.asked.discard(number)
+            request.block.late.add(node)
+            if self._is_wanted(request) and not request.block.got:
                 self.failovers += 1
         state.requests.clear()
         state.owed = 0
 
-    def _block_of(self, fetch: Fetch) -> _Block | None:
-        chunk = self._chunks.get(fetch.chunk)
-        piece = chunk.pieces.get(fetch.piece) if chunk else None
-        if piece is None:
-            return None
-        return next((b for b in piece.blocks if b.offset == fetch.offset and b.length == fetch.length), None)
+    def _is_wanted(self, request: _Request) -> bool:
+        """Whether its block is still one of those that are to make a chunk. Blocks are told apart by
+        identity: the same range may have been given up and asked for anew."""
+        chunk = self._chunks.get(request.fetch.chunk)
+        piece = chunk.pieces.get(request.fetch.piece) if chunk and not chunk.finished else None
+        return piece is not None and any(b is request.block for b in piece.blocks)
