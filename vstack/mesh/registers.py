@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from vstack.errors import BadInput
+
 MAX_RECORD = 4096
 """Upper bound of a packed record, in bytes."""
 
@@ -235,11 +237,18 @@ _decode_video = msgspec.msgpack.Decoder(VideoRecord).decode
 _decode_chunk = msgspec.msgpack.Decoder(ChunkRecord).decode
 
 
+class RecordTooLarge(BadInput, ValueError):
+    """What would have to be written into a register does not fit."""
+
+
 def pack(record: VideoRecord | ChunkRecord) -> bytes:
-    """Raises ValueError if the packed record is larger than MAX_RECORD."""
+    """Raises RecordTooLarge if the packed record is larger than MAX_RECORD."""
     raw = _encode(record)
     if len(raw) > MAX_RECORD:
-        raise ValueError(f"a {type(record).__name__} of {len(raw)} bytes is over the bound of {MAX_RECORD}")
+        raise RecordTooLarge(
+            f"what the catalogue has to keep takes {len(raw)} bytes, over the bound of {MAX_RECORD} "
+            f"of a {type(record).__name__}: fewer tracks or shorter texts would fit"
+        )
     return raw
 
 
