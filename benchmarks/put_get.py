@@ -19,7 +19,6 @@ import asyncio
 import hashlib
 import io
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from typing import BinaryIO, cast
 from baselines import disk_rate, tcp_rate
 from cpu import Cpu, cpu_of, profiled, sampled
 
-from vstack.cli import show
+from vstack.cli import interrupt, show
 from vstack.client.catalogue import Video
 from vstack.client.chunker import Ingest
 from vstack.client.downloader import download
@@ -289,15 +288,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 async def run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """The report. Ends as if cancelled on SIGTERM and SIGHUP; asyncio does so on SIGINT."""
-    me = asyncio.current_task()
-    assert me is not None
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, me.cancel)
     size = options.mib << 20
     content = Content(folder, size)
     began = time.monotonic()
     with LocalMesh(folder / "mesh", NODES, free_port(NODES)) as local:
-        await asyncio.to_thread(local.start)
+        local.start()
         async with connect(local.peers) as mesh:
             rows = await measure(mesh, content, folder, size, options.rounds)
             profiles = await profile(mesh, local, content, folder) if options.profile else []
@@ -379,11 +374,11 @@ def main(argv: list[str] | None = None) -> int:
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-"))
-            report = asyncio.run(run(options, Path(folder)))
+            report = interrupt.run(run(options, Path(folder)))
         except (VstackError, OSError) as e:
             show.err.print(f"benchmark: {e}", markup=False)
             return e.exit_code if isinstance(e, VstackError) else 1
-        except (KeyboardInterrupt, asyncio.CancelledError):
+        except KeyboardInterrupt:
             show.err.print("benchmark: interrupted; its nodes are stopped and its files removed")
             return 130
     if options.json:

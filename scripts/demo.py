@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from rich.live import Live
 
-from vstack.cli import show
+from vstack.cli import interrupt, show
 from vstack.cli.playback import chunk_rows, play_line
 from vstack.client.catalogue import chunk_table
 from vstack.client.downloader import download
@@ -34,6 +33,9 @@ from vstack.samples import loop_copy, make_sample
 NODES = 5
 MIN_AFTER = 4
 """Chunks that have to come from the survivors for the demo to prove anything."""
+
+
+MIN_SECONDS = 40
 
 
 class DemoFailed(VstackError):
@@ -51,7 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--buffer", type=float, default=6, help="cap of the player's buffer, seconds (default 6)")
     p.add_argument("--redundancy", choices=("auto", "replicated", "erasure"), default="auto")
     p.add_argument("--json", action="store_true", help="the report as one JSON document on stdout")
-    return p.parse_args(argv)
+    options = p.parse_args(argv)
+    if options.seconds < MIN_SECONDS:
+        p.error(f"--seconds needs at least {MIN_SECONDS}, so that enough of the film is left after the kill")
+    return options
 
 
 def say(text: str) -> None:
@@ -153,12 +158,12 @@ def check(playback: Playback, kill: Kill, after: list[PlayedChunk], same: Compar
     return [text for text, is_so in wrong.items() if is_so]
 
 
-async def run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+async def run(options: argparse.Namespace, film: Path, folder: Path) -> dict[str, object]:
     """The whole story; its report. Raises VstackError if it cannot be told to the end."""
-    film = await asyncio.to_thread(prepare_film, options, folder)
+    film_bytes = film.stat().st_size  # noqa: ASYNC240 - before anything else runs
     with LocalMesh(folder / "mesh", NODES, free_port(NODES)) as local:
         say(f"starting {NODES} nodes on 127.0.0.1, ports {local.port} to {local.port + 2 * NODES - 1}")
-        await asyncio.to_thread(local.start)
+        local.start()  # not in a thread: told to end meanwhile, we would stop what it still starts
         numbers = {n.node: n.number for n in local.nodes}
         slowest = max(n.ready_after for n in local.nodes)
         async with connect(local.peers) as mesh:
@@ -182,7 +187,7 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     after = [c for c in playback.chunks if c.requested_at > kill.at > 0]
     return {
         "film_s": round(video.seconds, 3),
-        "film_bytes": film.stat().st_size,
+        "film_bytes": film_bytes,
         "scheme": scheme,
         "ready_s": round(slowest, 3),
         "upload_s": round(stored.seconds, 3),
@@ -243,11 +248,11 @@ def print_report(report: dict[str, object]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit code."""
     options = parse(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.getsignal(signal.SIGINT))
+    interrupt.as_ctrl_c()
     try:
         with tempfile.TemporaryDirectory(prefix="demo-") as folder:
-            report = asyncio.run(run(options, Path(folder)))
+            film = prepare_film(options, Path(folder))
+            report = interrupt.run(run(options, film, Path(folder)))
     except VstackError as e:
         show.err.print(f"demo: {e}", markup=False)
         return e.exit_code

@@ -42,7 +42,10 @@ def decode(fragments: Mapping[int, bytes], k: int, m: int, length: int) -> bytes
     numbers = sorted(whole)[:k]  # the systematic ones first: they need no arithmetic
     if k == 1:
         return whole[numbers[0]]
-    blocks = [whole[i] for i in numbers]
+    blocks: list[bytes | memoryview] = [whole[i] for i in numbers]
     if numbers != list(range(k)):
         blocks = zfec.Decoder(k, m).decode(blocks, numbers)
-    return b"".join(blocks)[:length]
+    padding = k * size - length
+    if padding:  # spread over the last blocks, when the chunk is shorter than they are many
+        blocks = [memoryview(b)[: max(0, min(size, length - i * size))] for i, b in enumerate(blocks)]
+    return b"".join(blocks)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 import tomllib
 from pathlib import Path
 
 from vstack import __version__
-from vstack.cli import local, show, verbs
+from vstack.cli import interrupt, local, show, verbs
 from vstack.errors import UsageError, VstackError
 
 EPILOG = """\
@@ -112,7 +111,7 @@ def run(argv: list[str] | None) -> int:
             return local.up(options)
         if options.verb == "down":
             return local.down(options)
-        return asyncio.run(verbs.run(options, find_peers(options.peers)))
+        return interrupt.run(verbs.run(options, find_peers(options.peers)))
     except VstackError as e:
         show.err.print(f"vstack: {e}", markup=False)
         return e.exit_code

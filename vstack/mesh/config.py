@@ -186,8 +186,8 @@ class View:
 
 
 def leader(config: Config, key: str) -> NodeId | None:
-    """As `View.leader`, with the configuration of the key's own epoch."""
-    if not key.startswith("chunk/"):
+    """As `View.leader`, with the configuration of the key's own epoch. None without members."""
+    if not key.startswith("chunk/") or not config.members:
         return None
     _, video, _, index = key.split("/")
     acceptors = group(config, video)

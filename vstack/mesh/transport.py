@@ -192,6 +192,8 @@ class Transport:
         self._by_socket: dict[zmq.Socket[bytes], Link] = {}
         self._complained: set[bytes] = set()
         self._opened = 0
+        self._queued = 0
+        """Bytes of payload that wait, over all sessions."""
         self._served_bytes = 0
         self._served_since = monotonic()
         self._rate = 0
@@ -299,6 +301,7 @@ class Transport:
             request.answered = True
             request.session.in_flight -= 1
             request.session.queued -= len(request.payload)
+            self._queued -= len(request.payload)
 
     def push(self, session: Session, body: Body) -> None:
         """Sends one more message to where a request came from; it answers nothing by number."""
@@ -307,8 +310,8 @@ class Transport:
     def _send_to(
         self, lane: Lane, routing_id: bytes, correlation: bytes, body: Body, payload: bytes | memoryview = b""
     ) -> None:
-        queued = sum(s.queued for s in self._sessions.values()) if lane is Lane.DATA else 0
-        head = encode(Header(body, 0, queued, self._rate if lane is Lane.DATA else 0))
+        data = lane is Lane.DATA
+        head = encode(Header(body, 0, self._queued if data else 0, self._rate if data else 0))
         parts: list[bytes | memoryview] = [routing_id, correlation, head]
         if payload:
             parts.append(payload)
@@ -374,6 +377,7 @@ class Transport:
             request = Incoming(session, correlation, body, payload, now + header.budget_ms / 1000)
             session.in_flight += 1
             session.queued += len(payload)
+            self._queued += len(payload)
             if session.in_flight > MAX_IN_FLIGHT[lane] or session.queued > MAX_QUEUED:
                 self.counters["busy"] += 1
                 self.reply(request, Failure("busy", "too much of this connection is waiting already"))

@@ -16,6 +16,8 @@ from vstack.mesh.messages import ABSENT, ZERO, Ballot, ScanReply, Value
 
 LISTING_BYTES = 512 * 1024
 """Bytes of register data in one page of a listing."""
+VIDEO_ID = 64
+"""Hex digits of a video's id."""
 
 
 class Merged(NamedTuple):
@@ -30,11 +32,16 @@ class Merged(NamedTuple):
 
 def askers(view: View, prefix: str) -> tuple[NodeId, ...]:
     """The acceptors that a listing of `prefix` has to ask."""
-    if prefix.startswith("chunk/"):  # one video, one group
+    if _of_one_video(prefix):  # one group
         return tuple(dict.fromkeys(n for era in view.eras(prefix) for n in era.group))
     return tuple(
         dict.fromkeys(n for config in view.chain() if config.epoch >= view.base for n in config.nodes)
     )
+
+
+def _of_one_video(prefix: str) -> bool:
+    """Whether all keys below `prefix` have one subject: not so while the video id is cut short."""
+    return prefix.startswith("chunk/") and len(key_subject(prefix)) == VIDEO_ID
 
 
 def merge(view: View, prefix: str, replies: Mapping[NodeId, ScanReply], limit: int) -> Merged:
@@ -79,7 +86,7 @@ def _settled(view: View, key: str, said: Mapping[NodeId, tuple[Ballot, Value]]) 
 
 def _complete(view: View, prefix: str, answered: Iterable[NodeId]) -> bool:
     here = set(answered)
-    if prefix.startswith("chunk/") and key_subject(prefix):
+    if _of_one_video(prefix):
         return all(len(here & set(era.group)) >= era.majority for era in view.eras(prefix))
     return all(
         len(set(config.nodes) - here) <= (config.g - 1) // 2

@@ -1,0 +1,119 @@
+"""Writes the pieces of a chunk to the nodes that placement names, and to others where those fail.
+
+A chunk's pieces count as written when all are on disk and those outside any one node still number k.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+
+from vstack import erasure
+from vstack.client.mesh_client import MeshClient
+from vstack.errors import MeshUnavailable
+from vstack.mesh.config import NodeId
+from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.placement import next_holder, order, survives
+from vstack.mesh.registers import INIT_INDEX, PieceKey, Place, Scheme, UploadId, uploaded
+
+BUSY_TRIES = 50
+"""How often a node that is busy is asked again before it counts as failed."""
+
+
+class TooFewNodes(MeshUnavailable):
+    """Not enough nodes took their pieces for any one of them to be expendable."""
+
+
+class PieceWriter:
+    """Writes the pieces of a chunk to nodes, and to others where those fail."""
+
+    def __init__(self, mesh: MeshClient, video: str) -> None:
+        self._mesh = mesh
+        self._video = video
+        self._down: dict[NodeId, str] = {}
+        """Nodes that failed a write of this upload, and why."""
+
+    async def write(
+        self, upload: UploadId, index: int, data: bytes, sha256: bytes, scheme: Scheme
+    ) -> tuple[Place, ...]:
+        """On disk, all of them, when this returns. Raises MeshUnavailable if too few nodes took theirs."""
+        if scheme.k == 1:
+            pieces, hashes = [data] * scheme.m, [sha256] * scheme.m
+        else:
+            pieces, hashes = await asyncio.to_thread(_encode, data, scheme)
+        ranked = order(self._mesh.members, self._video, index)
+        unusable = {m.node for m in ranked if m.node in self._down or self._mesh.silent(m.node)}
+        if len(ranked) - len(unusable) < min(scheme.m, len(ranked)):
+            unusable = set()  # too few others: try them again
+        taken: dict[int, NodeId] = {}
+        todo = list(range(scheme.m))
+        while todo:
+            tries: list[tuple[int, NodeId]] = []
+            for piece in todo:
+                member = next_holder(ranked, [*taken.values(), *(n for _, n in tries)], unusable)
+                if member is None:
+                    raise self._too_few(index, scheme)
+                if scheme.k == 1 and member.node in [*taken.values(), *(n for _, n in tries)]:
+                    continue  # a second copy on one node would be none
+                tries.append((piece, member.node))
+            if not tries:
+                break
+            results = await asyncio.gather(
+                *(self._put(n, upload, index, p, data, pieces[p], hashes[p], scheme) for p, n in tries)
+            )
+            for (piece, node), why in zip(tries, results, strict=True):
+                if why is None:
+                    taken[piece] = node
+                else:
+                    unusable.add(node)
+                    self._down[node] = why
+            todo = [p for p in todo if p not in taken]
+        holders = list(taken.values())
+        if not survives(scheme, holders) and len(self._mesh.members) > 1:
+            raise self._too_few(index, scheme)
+        number = 0 if scheme.k == 1 else None
+        return tuple(
+            Place(node, piece if number is None else number, hashes[piece])
+            for piece, node in sorted(taken.items())
+        )
+
+    async def _put(
+        self,
+        node: NodeId,
+        upload: UploadId,
+        index: int,
+        piece: int,
+        data: bytes,
+        payload: bytes,
+        sha256: bytes,
+        scheme: Scheme,
+    ) -> str | None:
+        """None if it is on that node's disk now, else why not."""
+        key = PieceKey(self._video, upload, index, 0 if scheme.k == 1 else piece, uploaded(scheme))
+        for attempt in range(BUSY_TRIES):
+            try:
+                await self._mesh.put_piece(node, key, scheme, len(data), sha256, payload)
+            except Refused as e:
+                if e.code != "busy":
+                    return str(e)
+                await asyncio.sleep(min(0.5, 0.02 * 2**attempt) * (0.5 + os.urandom(1)[0] / 255))
+            except NoAnswer as e:
+                return str(e)
+            else:
+                return None
+        return f"node {node[:8]} stayed busy"
+
+    def _too_few(self, index: int, scheme: Scheme) -> TooFewNodes:
+        why = "; ".join(f"{node[:8]}: {reason}" for node, reason in self._down.items())
+        what = "the init segment" if index == INIT_INDEX else f"chunk {index}"
+        return TooFewNodes(
+            f"too few nodes take pieces: {what} needs {scheme.name}, such that any one node may be lost "
+            f"({why or 'no node is usable'}). Start the nodes that are down, and upload again to resume"
+        )
+
+
+def _encode(data: bytes, scheme: Scheme) -> tuple[list[bytes], list[bytes]]:
+    """The fragments and their hashes."""
+    pieces = erasure.encode(data, scheme.k, scheme.m)
+    return pieces, [hashlib.sha256(p).digest() for p in pieces]
