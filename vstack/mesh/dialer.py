@@ -23,6 +23,9 @@ from vstack.errors import MeshUnavailable, VstackError
 from vstack.mesh.messages import PROTOCOL_VERSION, Body, Failure, Header, Hello, HelloRequired, decode, encode
 from vstack.mesh.transport import NO_REPLY, Lane, endpoint, set_options
 
+MAX_HELLOS = 3
+"""Hellos that one request is worth."""
+
 
 class NoAnswer(MeshUnavailable):
     """The node did not answer in time, or the connection to it broke. The request may have been done."""
@@ -47,6 +50,8 @@ class Answered:
 class _Pending:
     parts: list[bytes | memoryview]
     done: asyncio.Future[Answered]
+    hellos: int = 0
+    """How often the node asked for a hello before it would look at this request."""
 
 
 class Dialer:
@@ -123,7 +128,7 @@ class Dialer:
             self._monitor.close(0)
             self._socket.close(0)
 
-    def _fail(self, error: NoAnswer) -> None:
+    def _fail(self, error: NoAnswer | Refused) -> None:
         for pending in list(self._pending.values()):
             if not pending.done.done():
                 pending.done.set_exception(error)
@@ -134,14 +139,21 @@ class Dialer:
             frames = await self._socket.recv_multipart(copy=False)
             if not 2 <= len(frames) <= 3:
                 continue
-            pending = self._pending.get(frames[0].bytes)
+            number = frames[0].bytes
+            pending = self._pending.get(number)
             try:
                 header = decode(frames[1].buffer)
             except msgspec.DecodeError:
                 continue  # its request will time out: a node that talks nonsense counts as silent
+            if number == NO_REPLY and isinstance(header.body, Failure):
+                self._fail(Refused(header.body))  # our hello: this node will do nothing for us
+                continue
             if pending is None or pending.done.done():
                 continue  # an answer that nobody waits for any more
             if isinstance(header.body, HelloRequired):
+                pending.hellos += 1
+                if pending.hellos > MAX_HELLOS:
+                    continue  # it asks again and again: counts as silent
                 await self._send([NO_REPLY, self._hello()])
                 await self._send(pending.parts)
                 continue
