@@ -201,12 +201,12 @@ def test_an_unknown_node_is_expected_to_be_like_the_known_ones() -> None:
 
 def test_the_earliest_deadline_is_served_first() -> None:
     n = net(A=Node())
-    n.want(7, MB, 1, {0: "A"}, deadline=3.0)
-    n.want(3, MB, 1, {0: "A"}, deadline=1.0)
+    n.want(3, MB, 1, {0: "A"}, deadline=3.0)
+    n.want(7, MB, 1, {0: "A"}, deadline=1.0)
     n.want(5, MB, 1, {0: "A"}, deadline=2.0)
     n.run(5)
-    assert sorted(n.done, key=n.done.__getitem__) == [3, 5, 7]
-    assert n.done[3] < n.done[7] / 2
+    assert sorted(n.done, key=n.done.__getitem__) == [7, 5, 3]
+    assert n.done[7] < n.done[3] / 2
 
 
 def test_what_a_node_owes_is_bounded_and_an_unknown_one_gets_one_request() -> None:
