@@ -82,6 +82,13 @@ def test_nodes_without_a_zone_are_zones_of_their_own() -> None:
     assert [m.node for m in order(named, VIDEO, 7)] == by_score
 
 
+def test_nodes_without_a_zone_do_not_wait_for_each_other() -> None:
+    nodes = [*members(4), *[Member(f"{i:032x}", "a:1", "rack") for i in range(11, 14)]]
+    for chunk in range(50):
+        zones = [m.zone for m in order(nodes, VIDEO, chunk)]
+        assert sorted(zones[:5]) == ["", "", "", "", "rack"]
+
+
 def test_the_order_depends_on_nothing_but_members_video_and_chunk() -> None:
     nodes = members(9, zones=3)
     shuffled = Random(1).sample(nodes, len(nodes))

@@ -189,6 +189,14 @@ def test_nothing_above_the_end_of_the_shortest_page_is_believed() -> None:
     assert m.unsettled == []
 
 
+def test_of_several_pages_that_end_early_the_shortest_counts() -> None:
+    one = page(*(row(i) for i in range(1, 4)), more=True)
+    two = page(*(row(i) for i in range(1, 6)), more=True)
+    m = merged(one, two, page(*(row(i) for i in range(1, 9))))
+    assert sorted(m.rows) == [key(1), key(2), key(3)]
+    assert m.after == key(3)
+
+
 def test_a_short_page_that_is_the_last_one_bounds_nothing() -> None:
     full = page(*(row(i) for i in range(1, 7)))
     m = merged(full, full, page(row(1)))
