@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -16,13 +17,14 @@ import pytest
 from vstack.client.catalogue import chunk_table, find_video, list_videos, read_video
 from vstack.client.chunker import Chunk, CutRules, Ingest
 from vstack.client.downloader import download
-from vstack.client.mesh_client import MeshClient, connect
+from vstack.client.mesh_client import Change, MeshClient, connect
+from vstack.client.pieces import PieceWriter
 from vstack.client.player import PlayOptions, play
 from vstack.client.proof import compare_files
 from vstack.client.uploader import Progress, UploadOptions, upload
 from vstack.errors import BadInput
 from vstack.local import LocalMesh
-from vstack.mesh.registers import ERASURE, REPLICATED
+from vstack.mesh.registers import ERASURE, REPLICATED, UploadId, chunk_key, chunk_prefix
 from vstack.samples import make_sample
 
 from .cluster import running_mesh, with_client
@@ -165,6 +167,46 @@ def test_a_source_that_fails_midway_is_aborted_stays_hidden_and_can_be_stored_la
         patch.setattr(Ingest, "chunks", breaks_off)
         assert with_client(mesh, refused) == ["aborted"]
     assert with_client(mesh, stored) == "new"
+
+
+def test_a_file_that_is_written_to_meanwhile_is_refused(mesh: LocalMesh, tmp_path: Path) -> None:
+    source = random_file(tmp_path / "growing.bin", 10 << 20, 7)
+
+    async def grows(client: MeshClient) -> None:
+        def watch(p: Progress) -> None:
+            if p.stage == "uploading" and source.stat().st_size == 10 << 20:
+                with source.open("ab") as f:
+                    f.write(b"more")
+
+        with pytest.raises(BadInput, match="changed while it was being stored"):
+            await upload(client, source, UploadOptions(opaque=True), watch)
+
+    with_client(mesh, grows)
+
+
+def test_a_piece_over_the_bound_is_refused_by_name(mesh: LocalMesh) -> None:
+    data = bytes((8 << 20) + 1)
+
+    async def write(client: MeshClient) -> None:
+        writer = PieceWriter(client, "ab" * 32)
+        with pytest.raises(BadInput, match=r"chunk 3 has pieces of 8 MiB.*--opaque"):
+            await writer.write(UploadId(1, 1), 3, data, sha256(data).digest(), REPLICATED)
+
+    with_client(mesh, write)
+
+
+def test_thousands_of_registers_are_listed_in_order_page_by_page(mesh: LocalMesh) -> None:
+    video, upload_id = "cd" * 32, UploadId(1, (1 << 20) + 1)
+    keys = [chunk_key(video, upload_id, i) for i in range(2500)]
+
+    async def create_and_list(client: MeshClient) -> None:
+        await client.change_all([Change(key, 0, key.encode()) for key in keys])
+        page = await client.list(chunk_prefix(video, upload_id))
+        assert page.complete
+        assert [row.key for row in page.rows] == keys
+        assert all(row.data == row.key.encode() for row in page.rows)
+
+    with_client(mesh, create_and_list)
 
 
 @asynccontextmanager

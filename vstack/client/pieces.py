@@ -11,9 +11,10 @@ import os
 
 from vstack import erasure
 from vstack.client.mesh_client import MeshClient
-from vstack.errors import MeshUnavailable
+from vstack.errors import BadInput, MeshUnavailable
 from vstack.mesh.config import NodeId
 from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.messages import MAX_PIECE
 from vstack.mesh.placement import next_holder, order, survives
 from vstack.mesh.registers import INIT_INDEX, PieceKey, Place, Scheme, UploadId, uploaded
 
@@ -37,11 +38,19 @@ class PieceWriter:
     async def write(
         self, upload: UploadId, index: int, data: bytes, sha256: bytes, scheme: Scheme
     ) -> tuple[Place, ...]:
-        """On disk, all of them, when this returns. Raises MeshUnavailable if too few nodes took theirs."""
+        """On disk, all of them, when this returns.
+
+        Raises TooFewNodes if too few nodes took theirs, BadInput if a piece is over MAX_PIECE bytes.
+        """
         if scheme.k == 1:
             pieces, hashes = [data] * scheme.m, [sha256] * scheme.m
         else:
             pieces, hashes = await asyncio.to_thread(_encode, data, scheme)
+        if len(pieces[0]) > MAX_PIECE:
+            raise BadInput(
+                f"{what(index)} has pieces of {len(pieces[0]) >> 20} MiB, over the bound of "
+                f"{MAX_PIECE >> 20} MiB: its pictures are too large to be cut; --opaque stores the bytes"
+            )
         ranked = order(self._mesh.members, self._video, index)
         unusable = {m.node for m in ranked if m.node in self._down or self._mesh.silent(m.node)}
         if len(ranked) - len(unusable) < min(scheme.m, len(ranked)):
@@ -106,11 +115,15 @@ class PieceWriter:
 
     def _too_few(self, index: int, scheme: Scheme) -> TooFewNodes:
         why = "; ".join(f"{node[:8]}: {reason}" for node, reason in self._down.items())
-        what = "the init segment" if index == INIT_INDEX else f"chunk {index}"
         return TooFewNodes(
-            f"too few nodes take pieces: {what} needs {scheme.name}, such that any one node may be lost "
-            f"({why or 'no node is usable'}). Start the nodes that are down, and upload again to resume"
+            f"too few nodes take pieces: {what(index)} needs {scheme.name}, "
+            f"such that any one node may be lost ({why or 'no node is usable'}). Start the nodes that are down, and upload again to resume"
         )
+
+
+def what(index: int) -> str:
+    """The name of a chunk in messages."""
+    return "the init segment" if index == INIT_INDEX else f"chunk {index}"
 
 
 def _encode(data: bytes, scheme: Scheme) -> tuple[list[bytes], list[bytes]]:

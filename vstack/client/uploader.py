@@ -118,9 +118,10 @@ async def upload(
     if ingest.lost and not accept_losses(ingest.lost):
         raise BadInput(f"{path} was not stored, because this would be lost: {'; '.join(ingest.lost)}")
     progress.total, progress.stage = ingest.source_size, "hashing"
+    was = _look(path)
     video_id = await asyncio.to_thread(_hash_file, path, progress, on_progress)
     while True:
-        run = _Upload(mesh, video_id, path, options, ingest, progress, on_progress)
+        run = _Upload(mesh, video_id, path, was, options, ingest, progress, on_progress)
         try:
             video, state = await run.run()
         except ProofFailed:
@@ -149,6 +150,12 @@ class _IngestFactory:
         return Ingest(self.path, o.rules, container=container, opaque=o.opaque, salvage=o.salvage)
 
 
+def _look(path: Path) -> tuple[int, int, int]:
+    """What differs if somebody writes to the file: it is read twice, and must be the same both times."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def _hash_file(path: Path, progress: Progress, on_progress: Callable[[Progress], None]) -> str:
     digest = hashlib.sha256()
     block = memoryview(bytearray(HASH_BLOCK))  # one for all: fresh memory costs as much as the reading
@@ -168,6 +175,7 @@ class _Upload:
         mesh: MeshClient,
         video_id: str,
         path: Path,
+        was: tuple[int, int, int],
         options: UploadOptions,
         ingest: Ingest,
         progress: Progress,
@@ -176,6 +184,7 @@ class _Upload:
         self.mesh = mesh
         self.id = video_id
         self.path = path
+        self.was = was
         self.options = options
         self.ingest = ingest
         self.progress = progress
@@ -195,6 +204,8 @@ class _Upload:
         self.progress.stage, self.progress.done = "uploading", 0
         self.on_progress(self.progress)
         entries, init, media = await self._store_chunks(self._open.upload, known)
+        if _look(self.path) != self.was:
+            raise BadInput(f"{self.path} was changed while it was being stored: store it when it is at rest")
         self.progress.stage = "finishing"
         self.on_progress(self.progress)
         record = msgspec.structs.replace(
