@@ -87,8 +87,8 @@ class Forming:
 
     def tick(self, now: float) -> None:
         """Begins an attempt when it is time and everybody is there."""
-        if self.decided or self.waiting_for():
-            return
+        if self.decided or self.waiting_for() or any(h.mesh for h in self._met.values()):
+            return  # who knows of a mesh has no vote on founding another, and its chain is on the way
         if self._next_try is None:
             first = self.me == min(h.node for h in self._met.values())
             self._next_try = now if first else now + self.rng.uniform(1.0, 3.0)

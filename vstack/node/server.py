@@ -367,8 +367,8 @@ class Node:
             return
         answers: list[AnyItem] = []
         for item in envelope.items:
-            if self._forming is not None and item.key != FORMING_KEY:
-                continue
+            if (item.key == FORMING_KEY) != (self._forming is not None):
+                continue  # a node of a mesh has no vote on founding one: whoever asks takes its chain
             if isinstance(item, Prepare | Accept | Read):
                 reply = self.acceptor.receive(item)
                 if reply is not None:
@@ -461,13 +461,22 @@ class Node:
     def _on_peer_hello(self, link: Link, hello: Hello) -> None:
         if hello.node != self.me and not self.votes.meet(hello.node, hello.boot):
             log.error("node %s at %s came back with an old boot: ignored", hello.node[:8], link.address)
+            self._forget(link)
             return
+        if link.hello is not None and link.hello.node != hello.node:
+            self._forget(link)
         link.hello = hello
         self._links[hello.node] = link
         if self._forming is not None:
             self._forming.met(link.address, hello)
             if hello.mesh:
                 self.transport.send(link, GetConfig(0), bytes(7) + b"\1")
+
+    def _forget(self, link: Link) -> None:
+        """Whoever said hello on this connection is not there any more: what comes on it is not theirs."""
+        if link.hello is not None and self._links.get(link.hello.node) is link:
+            del self._links[link.hello.node]
+        link.hello = None
 
     def _on_failure(self, link: Link, failure: Failure) -> None:
         if failure.code == "wrong-mesh" and not self._announced and not self._links:
