@@ -201,7 +201,7 @@ def test_a_chunk_that_is_fetched_again_does_not_lose_what_was_under_way_for_the_
             gates[1].set()
             chunk = await again
         assert chunk.data == mesh.data
-        assert fetcher.failures == []
+        assert not fetcher.failures
         assert fetcher.bytes_wasted == 50_000
 
     asyncio.run(run())

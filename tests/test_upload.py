@@ -200,7 +200,13 @@ def test_thousands_of_registers_are_listed_in_order_page_by_page(mesh: LocalMesh
     keys = [chunk_key(video, upload_id, i) for i in range(2500)]
 
     async def create_and_list(client: MeshClient) -> None:
-        await client.change_all([Change(key, 0, key.encode()) for key in keys])
+        large = bytes(4000)  # 2.5 times what one message may hold, in as many operations as one may have
+        await client.change_all([Change(key, 0, key.encode()) for key in keys[512:]])
+        await client.change_all([Change(key, 0, large) for key in keys[:512]])
+        rows = (await client.list(chunk_prefix(video, upload_id))).rows
+        assert [row.data for row in rows[:512]] == [large] * 512
+        versions = {row.key: row.version for row in rows[:512]}
+        await client.change_all([Change(key, versions[key], key.encode()) for key in keys[:512]])
         page = await client.list(chunk_prefix(video, upload_id))
         assert page.complete
         assert [row.key for row in page.rows] == keys

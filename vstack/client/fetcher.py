@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+from collections import deque
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
@@ -89,13 +90,14 @@ class ChunkFetcher:
         self._pump: asyncio.Task[None] | None = None
         self.bytes_received = 0
         self.bytes_wasted = 0
-        self.failures: list[tuple[float, NodeId, str]] = []
-        """When (monotonic seconds), who and why, for every request that failed."""
-        self.failover_times: list[float] = []
+        self.failures: deque[tuple[float, NodeId, str]] = deque(maxlen=1000)
+        """When (monotonic seconds), who and why, for the last requests that failed."""
+        self.failover_times: deque[float] = deque(maxlen=1000)
         """Seconds from a request's failure to the next byte for its chunk."""
 
     async def __aenter__(self) -> ChunkFetcher:
         self._pump = asyncio.create_task(self._run())
+        self._pump.add_done_callback(self._on_end)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -120,6 +122,15 @@ class ChunkFetcher:
         finally:
             del self._jobs[index]
             self._scheduler.forget(index)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """An error that nobody expected fails every fetch, instead of leaving it to wait for ever."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            for job in self._jobs.values():
+                if not job.done.done():
+                    job.done.set_exception(error)
 
     def _want(self, job: _Job) -> None:
         record = job.record
@@ -156,7 +167,7 @@ class ChunkFetcher:
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._on_end)
 
     async def _get(self, fetch: Fetch) -> None:
         job = self._jobs.get(fetch.chunk)
@@ -269,7 +280,9 @@ class ChunkFetcher:
 
     def _too_few(self, job: _Job) -> VstackError:
         record = job.record
-        why = "; ".join(dict.fromkeys(f"{node[:8]}: {reason}" for _, node, reason in self.failures[-8:]))
+        why = "; ".join(
+            dict.fromkeys(f"{node[:8]}: {reason}" for _, node, reason in list(self.failures)[-8:])
+        )
         return MeshUnavailable(
             f"chunk {record.entry.index} of video {self._video[:8]} cannot be read: {record.scheme.k} pieces "
             f"are needed of {len(record.places)}, and too few nodes give theirs ({why})"

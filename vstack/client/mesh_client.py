@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import zlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -23,6 +23,7 @@ from vstack.errors import DamagedData, MeshUnavailable, OutcomeUnknown, UsageErr
 from vstack.mesh.config import Config, Member, NodeId, group, key_subject, leader
 from vstack.mesh.dialer import Answered, Dialer, NoAnswer, Refused
 from vstack.mesh.messages import (
+    MAX_CONTROL,
     MAX_SUBMIT,
     Body,
     Chain,
@@ -193,8 +194,7 @@ class MeshClient:
         outcomes: list[Outcome] = [Unknown("not asked")] * len(ops)
 
         async def along(route: tuple[NodeId, ...], which: list[int]) -> None:
-            for start in range(0, len(which), MAX_SUBMIT):
-                part = which[start : start + MAX_SUBMIT]
+            for part in _parts(which, [len(ops[i].data or b"") for i in which]):
                 answers = await self._submit_along(route, [ops[i] for i in part])
                 for i, outcome in zip(part, answers, strict=True):
                     outcomes[i] = outcome
@@ -291,6 +291,20 @@ class MeshClient:
     def close(self) -> None:
         for dialer in self._dialers.values():
             dialer.close()
+
+
+def _parts(which: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Cuts operations into requests that stay below MAX_SUBMIT and half of what a message may hold."""
+    part: list[int] = []
+    size = 0
+    for i, bytes_ in zip(which, sizes, strict=True):
+        if part and (len(part) == MAX_SUBMIT or size + bytes_ + 300 > MAX_CONTROL // 2):
+            yield part
+            part, size = [], 0
+        part.append(i)
+        size += bytes_ + 300
+    if part:
+        yield part
 
 
 def _wire(key: PieceKey) -> WirePieceKey:

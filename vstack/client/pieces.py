@@ -116,8 +116,8 @@ class PieceWriter:
     def _too_few(self, index: int, scheme: Scheme) -> TooFewNodes:
         why = "; ".join(f"{node[:8]}: {reason}" for node, reason in self._down.items())
         return TooFewNodes(
-            f"too few nodes take pieces: {what(index)} needs {scheme.name}, "
-            f"such that any one node may be lost ({why or 'no node is usable'}). Start the nodes that are down, and upload again to resume"
+            f"too few nodes take pieces: {what(index)} needs {scheme.name}, such that any one node may be "
+            f"lost ({why or 'no node is usable'}). Start the nodes that are down, and upload again to resume"
         )
 
 
