@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def say(text: str) -> None:
     """One line of the story, on stderr with the seconds since the start."""
-    show.err.print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", markup=False)
+    show.err.print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}")
 
 
 BEGAN = time.monotonic()
@@ -71,7 +71,7 @@ def prepare_film(options: argparse.Namespace, folder: Path) -> Path:
     """FILE looped by stream copy until it is long enough, or what FFmpeg's own sources generate."""
     if options.file is None:
         film = folder / "generated.mp4"
-        say(f"making {options.seconds:.0f} s of moving picture and sound (H.264 with B-frames, AAC)")
+        say(f"making {options.seconds:.0f} s of moving picture and sound; takes about half a minute")
         make_sample(film, seconds=options.seconds, gop_seconds=3, bit_rate=4_000_000, kind="mandelbrot")
         return film
     if not options.file.is_file():
@@ -242,7 +242,7 @@ def print_report(report: dict[str, object]) -> None:
     for name, value in report.items():
         if name not in ("chunks", "problems"):
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-            show.out.print(f"{name:<20} {shown}", markup=False)
+            show.out.print(f"{name:<20} {shown}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             film = prepare_film(options, Path(folder))
             report = interrupt.run(run(options, film, Path(folder)))
     except VstackError as e:
-        show.err.print(f"demo: {e}", markup=False)
+        show.err.print(f"demo: {e}")
         return e.exit_code
     except KeyboardInterrupt:
         show.err.print("demo: interrupted; its nodes are stopped and its files removed")
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     problems = report["problems"]
     assert isinstance(problems, list)
     for problem in problems:
-        show.err.print(f"demo: FAILED: {problem}", markup=False)
+        show.err.print(f"demo: FAILED: {problem}")
     if not problems:
         say("two of five nodes died in the middle; no stall, and every packet came back as it was")
     return 1 if problems else 0

@@ -26,12 +26,15 @@ prepare() {
     stamp="$root/.venv/.ready-$what-$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum | cut -d' ' -f1)"
     [ -e "$stamp" ] && return
     python=$(find_python)
+    trap 'echo "interrupted while preparing .venv: run it again" >&2; exit 130' INT TERM
     echo "preparing .venv with $($python --version) (once)..." >&2
-    [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
-    if ! (cd "$root" && .venv/bin/pip install --quiet -c constraints.txt -e "$target") >"$log" 2>&1; then
+    # An interrupted first try may have left half of it.
+    "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$root/.venv"
+    if ! (cd "$root" && .venv/bin/python -m pip install --quiet -c constraints.txt -e "$target") >"$log" 2>&1; then
         cat "$log" >&2
         echo "the packages could not be installed: see above" >&2
         return 1
     fi
     touch "$stamp"
+    trap - INT TERM
 }

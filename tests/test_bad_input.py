@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,21 @@ def test_a_folder_that_is_not_a_nodes_ends_the_node_with_4(tmp_path: Path) -> No
     assert code == 4
     assert "not made by vstack" in said
     assert [p.name for p in (tmp_path / "home").iterdir()] == ["thesis.doc"]
+
+
+def test_a_copy_of_a_data_directory_beside_the_original_never_votes(tmp_path: Path, film: Path) -> None:
+    with running_mesh(tmp_path / "three", 3) as three:
+        third = three.nodes[2]
+        third.stop()
+        shutil.copytree(third.data, tmp_path / "copy")
+        third.start(three.peers, detach=False)
+        third.wait_ready()
+        for _ in range(3):  # a supervisor that starts it again and again, with a higher boot each time
+            code, said = start_node(tmp_path / "copy", free_port(1), three.peers)
+            assert code in (1, 4), said
+            assert "old copy" in said
+        assert third.alive
+        assert vstack("put", film, peers=",".join(three.peers)).code == 0
 
 
 def test_a_stranger_that_names_members_as_peers_ends_with_4(mesh: LocalMesh, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from vstack.cli import show
 from vstack.cli.main import build_parser
 from vstack.client.proof import compare_files
 from vstack.local import free_port, running
@@ -182,6 +185,86 @@ def test_up_in_the_foreground_ends_its_nodes_on_ctrl_c_and_when_it_is_killed(tmp
             process.kill()
             process.communicate()
         wait_for(lambda folder=folder: running(folder / ".vstack") == [])  # type: ignore[misc]
+
+
+def test_titles_are_shown_as_they_are_and_never_as_markup(home: Path, film: Path, video: str) -> None:
+    for title in ("{task.foo} {0}{x", "[/red] [bold]x", "tab\there \x1b[31m red"):
+        assert vstack("put", film, "--title", title, cwd=home).code == 0
+        listing = vstack("ls", cwd=home).out
+        assert "\x1b" not in listing
+        assert title.replace("\t", "\\t").replace("\x1b", "\\x1b") in listing
+        with show.bar(title) as bar:
+            bar.update("there", 1, 2)
+    assert vstack("put", film, "--title", "holiday", cwd=home).code == 0
+    with film.open("rb") as source:  # a name that nobody typed does not replace one
+        command = [sys.executable, "-c", "from vstack.cli import main; main()", "put", "-"]
+        subprocess.run(command, stdin=source, capture_output=True, cwd=home, check=True, timeout=60)
+    assert vstack("info", "holiday", cwd=home).code == 0
+
+
+def test_bars_on_a_terminal_take_any_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show, "err", Console(force_terminal=True, file=io.StringIO(), markup=False))
+    with show.bar("{task.foo} {0}{x [/red]") as bar:
+        bar.update("there", 1, 2)
+
+
+@pytest.mark.parametrize(
+    "words", [("--start", "nan"), ("--speed", "nan"), ("--speed", "1e300"), ("--buffer", "nan")]
+)
+def test_numbers_that_are_none_are_refused(home: Path, video: str, words: tuple[str, str]) -> None:
+    vstack("play", video, *words, cwd=home).failed_with(2, "--speed")
+
+
+@pytest.mark.parametrize("words", [("0",), ("51",), ("3", "--port", "0"), ("3", "--port", "65535")])
+def test_a_mesh_that_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path, words: tuple[str, ...]) -> None:
+    assert vstack("up", *words, cwd=tmp_path).code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_and_strange_peers_are_refused_in_words(home: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    vstack("put", tmp_path / "fifo", cwd=home).failed_with(5, "not a regular file")
+    vstack("ls", peers="http://127.0.0.1:7400").failed_with(2, "HOST:PORT")
+
+
+def has_open(pid: int, path: Path) -> bool:
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if fd.resolve() == path.resolve():
+                return True
+        except OSError:
+            pass  # closed meanwhile
+    return False
+
+
+def test_ctrl_c_while_a_large_file_is_hashed_ends_it_at_once(home: Path, tmp_path: Path) -> None:
+    large = tmp_path / "sparse.bin"
+    with large.open("wb") as f:
+        f.truncate(60 << 30)
+    command = [sys.executable, "-c", "from vstack.cli import main; main()", "put", "--opaque", str(large)]
+    process = subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: has_open(process.pid, large))
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr is not None
+        assert b"resumes" in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_get_whose_reader_stalls_ends_when_it_is_told_to(home: Path, video: str) -> None:
+    command = [sys.executable, "-c", "from vstack.cli import main; main()", "get", video, "-o", "-"]
+    process = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.read(1)  # it writes; from now on nobody reads
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_help_lists_every_verb_and_the_exit_codes() -> None:

@@ -81,16 +81,17 @@ def test_a_lower_boot_of_a_known_node_is_refused_also_after_a_restart(
     opened: Callable[..., VoteStore],
 ) -> None:
     store = opened()
-    assert store.meet(NODE, 3)
-    assert store.meet(NODE, 3)
-    assert store.meet(NODE, 300)
-    assert not store.meet(NODE, 299)
-    assert store.meet("b" * 32, 1)
+    assert store.meet(NODE, 3, b"one")
+    assert store.meet(NODE, 3, b"one")
+    assert not store.meet(NODE, 3, b"another"), "a copy beside the original"
+    assert store.meet(NODE, 300, b"one")
+    assert not store.meet(NODE, 299, b"one")
+    assert store.meet("b" * 32, 1, b"one")
     store.close()
     store = opened()
-    assert not store.meet(NODE, 299)
-    assert store.meet(NODE, 300)
-    assert store.meet("b" * 32, 1)
+    assert not store.meet(NODE, 299, b"one")
+    assert store.meet(NODE, 300, b"one")
+    assert store.meet("b" * 32, 1, b"one")
 
 
 def test_the_chain_comes_back_in_order_and_names_the_mesh(opened: Callable[..., VoteStore]) -> None:

@@ -71,18 +71,24 @@ class LocalNode:
                 start_new_session=True,  # Ctrl-C goes to us alone, and we stop them
             )
 
+    def is_ready(self) -> bool:
+        """Whether it serves. Raises NodeFailed with what it said if it has ended."""
+        with self.log.open("rb") as f:
+            f.seek(self._log_at)
+            for line in f.read().decode(errors="replace").splitlines():
+                if line.startswith("ready node="):
+                    self.node = line.split()[1].removeprefix("node=")
+                    self.ready_after = time.monotonic() - self._started
+                    return True
+        if not self.alive:
+            raise NodeFailed(f"node {self.number} ({self.address}) ended: {self.last_words()}")
+        return False
+
     def wait_ready(self, within: float = READY_WITHIN) -> None:
         """Returns when it serves. Raises NodeFailed with what it said if it ends or takes too long."""
         while time.monotonic() < self._started + within:
-            with self.log.open("rb") as f:
-                f.seek(self._log_at)
-                for line in f.read().decode(errors="replace").splitlines():
-                    if line.startswith("ready node="):
-                        self.node = line.split()[1].removeprefix("node=")
-                        self.ready_after = time.monotonic() - self._started
-                        return
-            if not self.alive:
-                raise NodeFailed(f"node {self.number} ({self.address}) ended: {self.last_words()}")
+            if self.is_ready():
+                return
             time.sleep(0.02)
         raise NodeFailed(f"node {self.number} ({self.address}) is not ready after {within:.0f} s: {self.log}")
 
@@ -150,11 +156,24 @@ class LocalMesh:
         try:
             for node in self.nodes:
                 node.start(self.peers, detach=detach, extra=self.extra)
-            for node in self.nodes:
-                node.wait_ready()
+            self._wait_ready()
         except BaseException:
             self.stop()
             raise
+
+    def _wait_ready(self) -> None:
+        """Looks at all in turns: the one that ends says why the others wait."""
+        waiting = list(self.nodes)
+        deadline = time.monotonic() + READY_WITHIN
+        while waiting:
+            for node in list(waiting):
+                if node.is_ready():
+                    waiting.remove(node)
+            if waiting and time.monotonic() > deadline:
+                raise NodeFailed(
+                    f"node {waiting[0].number} ({waiting[0].address}) is not ready: {waiting[0].log}"
+                )
+            time.sleep(0.02)
 
     def stop(self) -> None:
         """Ends all that run."""

@@ -9,6 +9,7 @@ from vstack.cli import show
 from vstack.client.catalogue import Video, chunk_table, delete_video, find_video, list_videos
 from vstack.client.downloader import media_of
 from vstack.client.mesh_client import MeshClient
+from vstack.errors import MeshUnavailable
 from vstack.mesh.placement import shortfall, wanted_scheme
 from vstack.mesh.registers import ChunkRecord
 
@@ -31,18 +32,18 @@ async def ls(mesh: MeshClient, options: argparse.Namespace) -> int:
                 show.size(v.record.size),
                 v.record.redundancy,
                 *([v.record.state] if options.all else []),
-                v.record.title,
+                show.plain(v.record.title),
             )
             for v in listing.videos
         ]
         columns = ["id", "length", "size", "redundancy", *(["state"] if options.all else []), "title"]
         if rows:
             show.table(columns, rows, right=(1, 2))
-        else:
+        elif listing.complete:
             show.err.print("no videos yet: `vstack put FILE` stores one")
         if not listing.complete:
-            show.warn(f"{len(listing.silent)} nodes did not answer: there may be more videos")
-    return 0
+            show.warn(f"{len(listing.silent)} nodes did not answer: there are more videos, or there may be")
+    return 0 if listing.complete else MeshUnavailable.exit_code
 
 
 def _video_json(v: Video) -> dict[str, object]:
@@ -89,14 +90,14 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
             }
         )  # fmt: skip
         return 0
-    show.out.print(f"{r.title}\n  id          {video.id}", markup=False)
+    show.out.print(f"{show.plain(r.title)}\n  id          {video.id}")
     show.out.print(f"  length      {show.clock(video.seconds)} ({video.seconds:.3f} s), {r.chunks} chunks")
     show.out.print(
         f"  size        {show.size(r.size)}; pieces {show.size(stored)} = {stored / max(1, r.size):.2f} x"
     )
     for t in media.tracks:
         shape = f" {t.width}x{t.height}" if t.width else f" {t.sample_rate} Hz" if t.sample_rate else ""
-        show.out.print(f"  {t.kind:<11} {t.codec}{shape} {t.language}".rstrip(), markup=False)
+        show.out.print(f"  {t.kind:<11} {t.codec}{shape} {t.language}".rstrip())
     said = ", ".join(f"{n} chunks as {s.name}" for s, n in schemes.items())
     show.out.print(f"  redundancy  {r.redundancy}: {said}")
     show.out.print(f"  survives    {_survives(mesh, table)}")
@@ -145,6 +146,6 @@ async def rm(mesh: MeshClient, options: argparse.Namespace) -> int:
     if options.json:
         show.print_json({"id": video.id, "state": "deleted"})
     else:
-        show.out.print(f"{video.record.title}: deleted ({video.id[:12]})", markup=False)
+        show.out.print(f"{show.plain(video.record.title)}: deleted ({video.id[:12]})")
         show.err.print("putting the same file again undoes it")
     return 0

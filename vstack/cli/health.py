@@ -74,7 +74,7 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
             f"mesh {mesh.mesh[:8]}  epoch {mesh.config.epoch}  {len(up)} of {members} nodes up: {health}"
         )
         for reason in reasons:
-            show.out.print(f"  {reason}", markup=False)
+            show.out.print(f"  {reason}")
         pieces = sum(a.store["pieces"] for a in up)
         bytes_ = sum(a.store["payload_bytes"] for a in up)
         free = min((a.disk_free for a in up), default=0)

@@ -7,7 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
-from vstack.cli import show
+from vstack.cli import interrupt, show
 from vstack.errors import UsageError
 from vstack.local import LocalMesh, recorded, running, stop_recorded
 
@@ -17,24 +17,28 @@ __all__ = ["down", "recorded", "up"]
 def up(options: argparse.Namespace) -> int:
     """Starts the mesh that the folder holds, or a new one. Raises UsageError, NodeFailed."""
     folder: Path = options.dir
-    folder.mkdir(parents=True, exist_ok=True)
     known = recorded(folder)
     if known is not None and running(folder):
         raise UsageError(f"the mesh in {folder} is running already: `vstack down` stops it")
-    count, port = options.count or 5, options.port or 7400
+    count = 5 if options.count is None else options.count
+    port = 7400 if options.port is None else options.port
     if known is not None:
         was, at = known.get("count"), known.get("port")
-        if (options.count and options.count != was) or (options.port and options.port != at):
+        if options.count not in (None, was) or options.port not in (None, at):
             raise UsageError(f"{folder} holds a mesh of {was} nodes from port {at}: name another --dir")
         count, port = int(str(was)), int(str(at))
     if not 1 <= count <= 50:
         raise UsageError(f"a mesh of {count} nodes cannot be started here: 1 to 50")
+    if not 1 <= port <= 65536 - 2 * count:
+        raise UsageError(f"{count} nodes from port {port} on do not fit: --port is 1 to {65536 - 2 * count}")
+    folder.mkdir(parents=True, exist_ok=True)
     mesh = LocalMesh(folder, count, port)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    interrupt.as_ctrl_c()
     mesh.start(detach=options.detach)
     mesh.record()
+    stop = threading.Event()
+    for number in interrupt.SIGNALS:
+        signal.signal(number, lambda *_: stop.set())
     if options.json:
         show.print_json({"peers": mesh.peers, "nodes": [n.node for n in mesh.nodes]})
     else:

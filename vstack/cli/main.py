@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         return v
 
     v = verb("up", "start a mesh on this machine, until Ctrl-C", mesh=False)
-    v.add_argument("count", nargs="?", type=int, metavar="N", help="how many nodes (default 5)")
+    v.add_argument("count", nargs="?", type=int, metavar="N", help="how many nodes, 1 to 50 (default 5)")
     v.add_argument("--detach", action="store_true", help="leave the nodes running; `vstack down` ends them")
     v.add_argument("--port", type=int, help="first port (default 7400); each node takes two")
     v.add_argument("--dir", type=Path, default=Path(".vstack"), help="folder for data (default ./.vstack)")
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     v = verb("ls", "list the videos")
     v.add_argument("--all", action="store_true", help="also those uploading, aborted or deleted")
     for name, help_ in (("info", "show a video: tracks, chunks, redundancy, where it lies"),
-                        ("rm", "delete a video: it is hidden, and its space comes back later")):  # fmt: skip
+                        ("rm", "delete a video: it is hidden; its space is not given back yet")):  # fmt: skip
         verb(name, help_).add_argument("video", metavar="VIDEO")
 
     v = verb("get", "write a video as one ordinary file")
@@ -113,10 +113,14 @@ def run(argv: list[str] | None) -> int:
             return local.down(options)
         return interrupt.run(verbs.run(options, find_peers(options.peers)))
     except VstackError as e:
-        show.err.print(f"vstack: {e}", markup=False)
+        show.err.print(f"vstack: {e}")
         return e.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show.err.print(f"vstack: {e.strerror or e}{f': {e.filename}' if e.filename else ''}")
         return 1
     except KeyboardInterrupt:
         resumes = "; the same command resumes" if options.verb == "put" else ""

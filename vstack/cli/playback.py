@@ -15,8 +15,8 @@ from vstack.errors import UsageError
 
 
 async def play(mesh: MeshClient, options: argparse.Namespace) -> int:
-    if options.speed <= 0 or options.buffer <= 0 or options.start < 0:
-        raise UsageError("--speed and --buffer must be above 0, --start at least 0")
+    if not (0.01 <= options.speed <= 1000 and 0 < options.buffer <= 3600 and 0 <= options.start < 1e9):
+        raise UsageError("--speed is 0.01 to 1000, --buffer above 0 and up to 3600, --start at least 0 s")
     video = await find_video(mesh, options.video)
     wanted = PlayOptions(options.start, options.speed, options.buffer, not options.no_decode)
     with Live(console=show.err, auto_refresh=False, transient=True) as live:
@@ -36,7 +36,7 @@ async def play(mesh: MeshClient, options: argparse.Namespace) -> int:
         for c in playback.chunks
     ], right=(0, 1, 2, 3))  # fmt: skip
     for name, value in playback.metrics().items():
-        show.out.print(f"{name:<18} {value:g}")
+        show.out.print(f"{name:<18} {value}")
     return 0
 
 

@@ -11,8 +11,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Titles and names as they may be shown: control characters become visible escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(count: float) -> str:
@@ -33,7 +38,8 @@ def clock(seconds: float) -> str:
 
 def print_json(value: object) -> None:
     """One document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    sys.stdout.flush()
 
 
 def warn(text: str) -> None:
@@ -66,8 +72,8 @@ class Bar:
 def bar(label: str) -> Iterator[Bar]:
     """A progress bar in bytes on stderr, gone when it is done."""
     columns = (
-        TextColumn("{task.description:<11}"), TextColumn(label, markup=False), BarColumn(),
+        TextColumn("{task.description:<11}"), TextColumn("{task.fields[label]}", markup=False), BarColumn(),
         DownloadColumn(binary_units=True), TransferSpeedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        yield Bar(progress, progress.add_task("", total=None))
+        yield Bar(progress, progress.add_task("", total=None, label=plain(label)))

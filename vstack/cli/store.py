@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import re
 import shutil
@@ -12,7 +11,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from vstack.cli import show
+from vstack.cli import interrupt, show
 from vstack.client import output
 from vstack.client.catalogue import Video, find_video
 from vstack.client.downloader import download, media_of
@@ -29,8 +28,8 @@ MEDIA_SUFFIXES = (
 
 async def put(mesh: MeshClient, options: argparse.Namespace) -> int:
     files = collect(options.files)
-    if options.title and len(files) != 1:
-        raise UsageError("--title is for a single file")
+    if options.title is not None and (not options.title.strip() or len(files) != 1):
+        raise UsageError("--title names a single file, and is not empty")
     results, failures = [], []
     for path in files:
         try:
@@ -39,7 +38,7 @@ async def put(mesh: MeshClient, options: argparse.Namespace) -> int:
             if len(files) == 1:
                 raise
             failures.append((path, e))
-            show.err.print(f"vstack: {e}", markup=False)
+            show.err.print(f"vstack: {e}")
     if options.json:
         failed = [{"file": str(p), "error": str(e), "exit_code": e.exit_code} for p, e in failures]
         show.print_json({"stored": results, "failed": failed})
@@ -52,16 +51,15 @@ async def put(mesh: MeshClient, options: argparse.Namespace) -> int:
 
 async def _put_one(mesh: MeshClient, path: Path, options: argparse.Namespace) -> dict[str, object]:
     with contextlib.ExitStack() as stack:
-        title = options.title or path.stem
+        new_title = ""
         if str(path) == "-":
-            path = await asyncio.to_thread(_spool, stack)
-            title = options.title or "stdin"
+            path, new_title = _spool(stack), "stdin"
+        elif path.exists() and not path.is_file():
+            raise BadInput(f"{path} is not a regular file: pipe it in with `vstack put - < {path}`")
         wanted = UploadOptions(
-            title if options.title else "", options.redundancy, options.opaque, options.salvage
+            options.title or "", options.redundancy, options.opaque, options.salvage, new_title=new_title
         )
-        if not wanted.title and title == "stdin":
-            wanted = UploadOptions(title, options.redundancy, options.opaque, options.salvage)
-        bar = stack.enter_context(show.bar(title[:40]))
+        bar = stack.enter_context(show.bar((options.title or new_title or path.stem)[:40]))
 
         def tell(p: Progress) -> None:
             bar.update(p.stage, p.done, p.total)
@@ -77,7 +75,7 @@ async def _put_one(mesh: MeshClient, path: Path, options: argparse.Namespace) ->
         )
         if result.resumed:
             note += f", {result.resumed} of them from before"
-        show.err.print(f"{record.title}: {note}, in {result.seconds:.1f} s", markup=False)
+        show.err.print(f"{show.plain(record.title)}: {note}, in {result.seconds:.1f} s")
     return {
         "file": str(path),
         "id": result.video.id,
@@ -109,8 +107,14 @@ def collect(names: list[str]) -> list[Path]:
 def _spool(stack: contextlib.ExitStack) -> Path:
     """Standard input as a file, which is gone when `stack` closes: the id needs a first pass."""
     file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="vstack-"))  # noqa: SIM115
+    if sys.stdin.isatty():
+        raise UsageError("`put -` reads standard input: pipe a file into it")
+    # Not in a thread: Ctrl-C must end it, and nothing else runs meanwhile.
+    interrupt.as_ctrl_c()
     shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
     file.flush()
+    if not file.tell():
+        raise BadInput("standard input is empty")
     return Path(file.name)
 
 
@@ -152,10 +156,10 @@ async def get(mesh: MeshClient, options: argparse.Namespace) -> int:
     if options.json and not to_pipe:
         show.print_json(report)
     elif not to_pipe:
-        show.err.print(f"{target}: {show.size(done.bytes)} in {done.seconds:.1f} s", markup=False)
+        show.err.print(f"{target}: {show.size(done.bytes)} in {done.seconds:.1f} s")
     return 0
 
 
 def _default_target(video: Video) -> Path:
-    stem = re.sub(r"[/\\\0]", "_", video.record.title).lstrip(".") or video.id[:12]
+    stem = re.sub(r"[/\\]", "_", show.plain(video.record.title)).lstrip(".")[:100] or video.id[:12]
     return Path(stem + output.default_extension(media_of(video)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from vstack.client.mesh_client import Change, MeshClient
-from vstack.errors import DamagedData, NotFound, VstackError
+from vstack.errors import DamagedData, MeshUnavailable, NotFound, VstackError
 from vstack.mesh.config import NodeId
 from vstack.mesh.messages import Mismatch
 from vstack.mesh.registers import (
@@ -29,6 +29,8 @@ from vstack.mesh.registers import (
 )
 
 MIN_PREFIX = 6
+MAX_TITLE = 200
+"""Characters of a title; longer ones are cut."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,20 @@ async def find_video(mesh: MeshClient, name: str) -> Video:
             raise NotFound(f"no video {name[:12]}… is ready in this mesh: `vstack ls` shows those that are")
         return video
     listing = await list_videos(mesh)
-    found = [v for v in listing.videos if v.record.title == name]
+    found = [v for v in listing.videos if v.record.title == name[:MAX_TITLE]]
     if re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},63}}", name):
         found += [v for v in listing.videos if v.id.startswith(name) and v not in found]
     if len(found) > 1:
         ids = ", ".join(v.id[:12] for v in found[:5])
         raise NotFound(f"{name!r} means more than one video ({ids}): name one by more of its id")
+    if not found and not listing.complete:
+        raise MeshUnavailable(
+            f"cannot tell whether there is a video {name!r}: {len(listing.silent)} nodes do not answer"
+        )
     if not found:
-        also = "" if listing.complete else f" ({len(listing.silent)} nodes did not answer: it may be there)"
-        raise NotFound(f"no video is called {name!r}{also}: `vstack ls` shows those that are ready")
+        short = re.fullmatch(r"[0-9a-f]{1,5}", name)
+        hint = f"; the prefix of an id needs {MIN_PREFIX} digits" if short else ""
+        raise NotFound(f"no video is called {name!r}: `vstack ls` shows those that are ready{hint}")
     return found[0]
 
 

@@ -7,7 +7,9 @@ runs in a thread and pulls from a bounded queue.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,12 +91,12 @@ async def download(
     served: dict[NodeId, int] = {}
     failovers = done = 0
     pipe: queue.Queue[bytes | None] = queue.Queue(maxsize=4)
-    over = False
+    over = threading.Event()
 
     def chunks() -> Iterator[bytes]:
-        while not over and (data := pipe.get()) is not None:
+        while not over.is_set() and (data := pipe.get()) is not None:
             yield data
-        if over:
+        if over.is_set():
             raise InterruptedError
 
     def write(init: bytes) -> None:
@@ -106,16 +108,11 @@ async def download(
         target.flush()
 
     async with ChunkFetcher(mesh, video.id, video.upload) as fetcher:
-        writer = asyncio.create_task(asyncio.to_thread(write, await fetch_init(fetcher, video)))
+        init = await fetch_init(fetcher, video)
+        writer = _in_thread(lambda: write(init))
         try:
             async for chunk in in_order(fetcher, table):
-                while not writer.done():
-                    try:
-                        pipe.put_nowait(chunk.data)
-                        break
-                    except queue.Full:
-                        await asyncio.sleep(0.005)
-                if writer.done():
+                if not await _hand_over(pipe, chunk.data, writer):
                     break
                 done += len(chunk.data)
                 failovers += chunk.failovers
@@ -123,18 +120,55 @@ async def download(
                     served[node] = served.get(node, 0) + size
                 on_progress(done, video.record.size)
             else:
-                while not writer.done():
-                    try:
-                        pipe.put_nowait(None)
-                        break
-                    except queue.Full:
-                        await asyncio.sleep(0.005)
+                await _hand_over(pipe, None, writer)
             await writer
         except BaseException:
-            over = True
-            while not pipe.empty():
-                pipe.get_nowait()
+            over.set()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    pipe.get_nowait()
             pipe.put_nowait(None)
-            await asyncio.gather(writer, return_exceptions=True)
+            if isinstance(target, Path):  # it removes its temporary file; a pipe may never be read again
+                await asyncio.wait({writer})
             raise
     return Downloaded(done, len(table), time.monotonic() - began, served, failovers)
+
+
+async def _hand_over(
+    pipe: queue.Queue[bytes | None], data: bytes | None, writer: asyncio.Future[None]
+) -> bool:
+    """Whether the writer takes it: not if it has ended."""
+    while not writer.done():
+        try:
+            pipe.put_nowait(data)
+        except queue.Full:
+            await asyncio.sleep(0.005)
+        else:
+            return True
+    return False
+
+
+def _in_thread(work: Callable[[], None]) -> asyncio.Future[None]:
+    """Runs `work` in a thread that the process does not wait for when it ends."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as e:  # noqa: BLE001 - it is handed on
+            error = e
+        with contextlib.suppress(RuntimeError):  # the loop may be gone
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="writer", daemon=True).start()
+    return done

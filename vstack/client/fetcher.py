@@ -260,6 +260,8 @@ class ChunkFetcher:
             return
         job.rereads += 1
         await asyncio.sleep(min(2.0, 0.2 * job.rereads))
+        if job.done.done():
+            return
         if job.rereads > 5 or index == INIT_INDEX:
             job.done.set_exception(self._too_few(job))
             return

@@ -52,6 +52,8 @@ from vstack.mesh.transport import Lane, parse_address
 
 FIRST_ANSWER = 3.0
 """Seconds that a node has for an operation before the next one is asked as well."""
+NEWER_CHAIN = 0.05
+"""Seconds that other peers have to name a newer configuration, once one has answered."""
 OPERATION = 15.0
 """Seconds after which the outcome of an operation is called unknown."""
 
@@ -130,9 +132,7 @@ class MeshClient:
         deadline = monotonic() + patience
         why = ""
         while True:
-            answers = await asyncio.gather(
-                *(self._config_from(p, max(0.5, deadline - monotonic())) for p in peers)
-            )
+            answers = await self._first_chains(peers, max(0.5, deadline - monotonic()))
             chains = [a for a in answers if isinstance(a, Chain)]
             if chains:
                 best = max(chains, key=lambda c: c.configs[-1].epoch)
@@ -147,6 +147,21 @@ class MeshClient:
                     "Start one with `vstack up`, or name its nodes with --peers"
                 )
             await asyncio.sleep(0.2)
+
+    async def _first_chains(self, peers: Sequence[str], timeout: float) -> list[Chain | VstackError]:
+        """The answers of the peers; once one has given a chain, the others have a moment to give a newer."""
+        asked = {asyncio.create_task(self._config_from(p, timeout)) for p in peers}
+        waiting = set(asked)
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if any(isinstance(task.result(), Chain) for task in done):
+                    await asyncio.wait(asked, timeout=NEWER_CHAIN)
+                    break
+            return [task.result() for task in asked if task.done()]
+        finally:
+            for task in asked:
+                task.cancel()
 
     async def _config_from(self, address: str, timeout: float) -> Chain | VstackError:
         try:
@@ -211,7 +226,7 @@ class MeshClient:
 
     async def _submit_along(self, route: Sequence[NodeId], ops: Sequence[Op]) -> list[Outcome]:
         deadline = monotonic() + OPERATION
-        why = "no node answered"
+        why, sure = "no node answered", False
         while True:
             for node in route:
                 left = deadline - monotonic()
@@ -220,13 +235,13 @@ class MeshClient:
                 try:
                     answer = await self.ask(node, Submit(tuple(ops)), timeout=min(FIRST_ANSWER, left))
                 except (NoAnswer, Refused) as e:
-                    why = str(e)
+                    why = why if sure else str(e)
                     continue
                 outcomes = list(_expect(Outcomes, answer).outcomes)
                 unknown = [o.reason for o in outcomes if isinstance(o, Unknown)]
                 if not unknown and len(outcomes) == len(ops):
                     return outcomes
-                why = unknown[0] if unknown else "a strange answer"
+                why, sure = (unknown[0], True) if unknown else ("a strange answer", False)
             await asyncio.sleep(0.1)
 
     # -- listings ---------------------------------------------------------------------------------

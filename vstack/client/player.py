@@ -30,6 +30,8 @@ from vstack.mesh.registers import ChunkRecord
 
 MARGIN = 2.5
 """Seconds before it is needed at which a chunk is requested, whatever its length."""
+LATE = 0.02
+"""Seconds by which the clock may look late without that being a stall."""
 TICK = 0.25
 """Seconds between two reports of progress."""
 
@@ -235,7 +237,8 @@ class Player:
                 decoded.frames("video"),
             )
         )
-        self._decoded_to = self._at(entry.start + entry.duration)
+        self._notice_stall()
+        self._decoded_to = max(self._decoded_to, self._at(entry.start + entry.duration))
         self.playback.buffer_max_s = max(self.playback.buffer_max_s, self._decoded_to - self._now_at())
         self._news.set()
 
@@ -288,6 +291,19 @@ class Player:
         p.played_s += step / self.options.speed
         p.position += step
         self._clock_read = now
+
+    def _notice_stall(self) -> None:
+        """A chunk is here: if the clock ran dry before, and nobody looked meanwhile, that was a stall."""
+        p = self.playback
+        if p.state != "playing":
+            return
+        now = monotonic()
+        dry = now - self._clock_read - (self._decoded_to - p.position) / self.options.speed
+        if dry > LATE:
+            self._advance()
+            p.rebuffers += 1
+            p.stall_s += dry
+            self._clock_read = now
 
     async def _stall(self) -> None:
         p = self.playback

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from vstack.client.catalogue import Video, read_video
+from vstack.client.catalogue import MAX_TITLE, Video, read_video
 from vstack.client.chunker import Chunk, CutRules, Ingest, ProofFailed, recipe
 from vstack.client.mesh_client import Change, MeshClient
 from vstack.client.pieces import PieceWriter, TooFewNodes
@@ -59,12 +60,13 @@ HASH_BLOCK = 1 << 20
 @dataclass(frozen=True)
 class UploadOptions:
     title: str = ""
-    """Empty: the file's name without its extension."""
+    """Empty: unchanged for a known video; for a new one `new_title`, or the file's name without extension."""
     redundancy: Redundancy | None = None
     """None: auto for a new video, unchanged for a known one."""
     opaque: bool = False
     salvage: bool = False
     rules: CutRules = field(default_factory=CutRules)
+    new_title: str = ""
 
 
 @dataclass
@@ -119,19 +121,25 @@ async def upload(
         raise BadInput(f"{path} was not stored, because this would be lost: {'; '.join(ingest.lost)}")
     progress.total, progress.stage = ingest.source_size, "hashing"
     was = _look(path)
-    video_id = await asyncio.to_thread(_hash_file, path, progress, on_progress)
+    over = threading.Event()
+    try:
+        video_id = await asyncio.to_thread(_hash_file, path, progress, on_progress, over)
+    finally:
+        over.set()  # a thread cannot be cancelled: it is told
     while True:
         run = _Upload(mesh, video_id, path, was, options, ingest, progress, on_progress)
         try:
             video, state = await run.run()
         except ProofFailed:
-            await run.abort()
+            with suppress(VstackError):
+                await run.abort()
             if not ingest.alternatives:
                 raise
             ingest = await asyncio.to_thread(make, ingest.alternatives[0])
             continue
         except BadInput:
-            await run.abort()
+            with suppress(VstackError):
+                await run.abort()
             raise
         progress.stage, progress.done = "done", progress.total
         on_progress(progress)
@@ -156,11 +164,13 @@ def _look(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _hash_file(path: Path, progress: Progress, on_progress: Callable[[Progress], None]) -> str:
+def _hash_file(
+    path: Path, progress: Progress, on_progress: Callable[[Progress], None], over: threading.Event
+) -> str:
     digest = hashlib.sha256()
     block = memoryview(bytearray(HASH_BLOCK))  # one for all: fresh memory costs as much as the reading
     with path.open("rb", buffering=0) as f:
-        while size := f.readinto(block):
+        while (size := f.readinto(block)) and not over.is_set():
             digest.update(block[:size])
             progress.done += size
             on_progress(progress)
@@ -229,7 +239,10 @@ class _Upload:
     # -- the video register -----------------------------------------------------------------------
 
     def _title(self) -> str:
-        return (self.options.title or self.path.stem)[:200]
+        title = self.options.title or self.options.new_title or self.path.stem
+        if len(title) > MAX_TITLE:
+            self._warn(f"the title is cut to {MAX_TITLE} characters")
+        return title[:MAX_TITLE]
 
     async def _open_upload(self, found: Video | None) -> tuple[Video, dict[int, ChunkRecord]]:
         """The open upload, ours or one to go on with, and the chunks that it has already."""
@@ -239,6 +252,11 @@ class _Upload:
                 if self._title() != found.record.title and self.options.title:
                     self.warnings.append(
                         f"an upload under the title {found.record.title!r} goes on: it stands"
+                    )
+                if self.options.redundancy not in (None, found.record.redundancy):
+                    self._warn(
+                        f"an upload with redundancy {found.record.redundancy} goes on, not "
+                        f"{self.options.redundancy}: put the file again when it is done to change that"
                     )
                 page = await self.mesh.list(chunk_prefix(self.id, found.upload))
                 known = [unpack_chunk(row.data) for row in page.rows]
@@ -262,7 +280,7 @@ class _Upload:
             found.record,
             state="ready",
             upload=found.upload,
-            title=self.options.title[:200] or found.record.title,
+            title=self._title() if self.options.title else found.record.title,
             redundancy=self.options.redundancy or found.record.redundancy,
         )
         if record == msgspec.structs.replace(found.record, upload=found.upload):
@@ -426,7 +444,7 @@ class _Registrar:
             batch, self._waiting = self._waiting, []
             try:
                 outcomes = await self._mesh.change_all([change for change, _ in batch])
-            except VstackError as e:
+            except Exception as e:  # noqa: BLE001 - whatever it is, those who wait have to know
                 for _, done in batch:
                     if not done.done():
                         done.set_exception(e)

@@ -86,12 +86,13 @@ class Dialer:
         return self._socket.send_multipart(parts, copy=len(parts) < 3)
 
     async def request(self, body: Body, payload: bytes | memoryview = b"", *, timeout: float) -> Answered:
-        """Sends `body` and returns the answer. `timeout` is in seconds, and travels with the request.
+        """Sends `body` and returns the answer. `timeout` is in seconds; the node is given nine tenths of
+        it, so that what it has to say in the end still arrives.
 
         Raises NoAnswer, Refused.
         """
         number = next(self._numbers).to_bytes(8)
-        parts: list[bytes | memoryview] = [number, encode(Header(body, min(600_000, int(timeout * 1000))))]
+        parts: list[bytes | memoryview] = [number, encode(Header(body, min(600_000, int(timeout * 900))))]
         if payload:
             parts.append(payload)
         if self._socket.closed or self._broken:

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from vstack.mesh.config import Config, Member, NodeId, pack_config, unpack_config
 from vstack.mesh.messages import (
     ZERO,
@@ -35,6 +37,13 @@ from vstack.mesh.messages import (
 from vstack.mesh.paxos.acceptor import Acceptor
 
 FORMING_KEY = "config/1"
+
+
+def _is_config(value: Value) -> bool:
+    try:
+        return unpack_config(value.data or b"").epoch == 1
+    except msgspec.DecodeError:
+        return False
 
 
 def list_digest(addresses: Sequence[str]) -> bytes:
@@ -104,6 +113,8 @@ class Forming:
         """A reply about the register `config/1`."""
         if self.decided or m.key != FORMING_KEY:
             return
+        if isinstance(m, Promise) and m.accepted > ZERO and not _is_config(m.value):
+            return  # nonsense that a stranger got accepted there must not end us
         if isinstance(m, Nack) and m.ballot == self._ballot:
             self._ballot = self._ballot._replace(round=max(self._ballot.round, m.seen.round))
         elif isinstance(m, Promise) and m.ballot == self._ballot and self._proposal is None:

@@ -32,6 +32,9 @@ MAX_RANGE = 1 << 20
 """Bytes that one request reads: what a node keeps in memory for a connection is bounded by it."""
 MAX_DATA = 9 << 20
 """Bytes of one part on the data lane."""
+MAX_ZONE = 64
+"""Characters of a zone's name."""
+MAX_WEIGHT = 1 << 20
 MAX_SUBMIT = 512
 """Operations in one request."""
 MAX_SCAN = 1000
@@ -165,8 +168,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=2):
     epoch: U64 = 0
     peers: Annotated[bytes, Meta(max_length=32)] = b""
     """Hash of the list of peers that a forming node was started with."""
-    zone: Annotated[str, Meta(max_length=64)] = ""
-    weight: Annotated[int, Meta(ge=0, le=1 << 20)] = 1
+    zone: Annotated[str, Meta(max_length=MAX_ZONE)] = ""
+    weight: Annotated[int, Meta(ge=0, le=MAX_WEIGHT)] = 1
+    process: Annotated[bytes, Meta(max_length=16)] = b""
+    """Random, of this process: two processes with the same NodeId and boot are told apart by it."""
 
 
 class HelloRequired(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -180,7 +185,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True, tag=4):
     text: Text
 
 
-FAILURES = ("busy", "forming", "wrong-mesh", "refused", "not-found", "full", "io", "damaged", "late")
+FAILURES = ("busy", "forming", "wrong-mesh", "stale", "refused", "not-found", "full", "io", "damaged", "late")
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=5):

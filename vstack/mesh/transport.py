@@ -17,6 +17,7 @@ end before their handshake are counted through the socket monitor.
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -57,12 +58,17 @@ class Lane(Enum):
     DATA = "data"
 
 
-HIGH_WATER = {Lane.CONTROL: 4000, Lane.DATA: 64}
+HIGH_WATER = {Lane.CONTROL: 512, Lane.DATA: 64}
+"""Messages that a connection may have waiting in a socket: what a peer that reads nothing can cost."""
 MAX_PART = {Lane.CONTROL: MAX_CONTROL, Lane.DATA: MAX_DATA}
 MAX_IN_FLIGHT = {Lane.CONTROL: 4096, Lane.DATA: 64}
 """Requests of one connection that have no reply yet."""
 MAX_QUEUED = 64 << 20
 """Bytes of payload that one connection may have waiting."""
+MAX_QUEUED_ALL = 256 << 20
+"""Bytes of payload that all connections together may have waiting."""
+MAX_BUDGET = 60.0
+"""Seconds that any request may take, whatever it says."""
 MAX_SESSIONS = 4096
 SESSION_IDLE = 120.0
 """Seconds of silence after which a connection has to say hello again."""
@@ -73,8 +79,10 @@ DRAIN = 256
 def parse_address(text: str) -> tuple[str, int]:
     """`host:port` -> (host, port). Raises UsageError."""
     host, _, port = text.rpartition(":")
-    host = host.strip("[]")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    named = re.fullmatch(r"[0-9A-Fa-f:.%a-z]+" if bracketed else r"[0-9A-Za-z._-]+", host)
+    if not named or not port.isdigit() or not 0 < int(port) < 65535:
         raise UsageError(f"{text!r} is not an address: HOST:PORT, with a port below 65535, is needed")
     return host, int(port)
 
@@ -374,13 +382,16 @@ class Transport:
                 continue
             session.heard = now
             payload = frames[3].buffer if len(frames) == 4 else memoryview(b"")
-            request = Incoming(session, correlation, body, payload, now + header.budget_ms / 1000)
+            request = Incoming(
+                session, correlation, body, payload, now + min(MAX_BUDGET, header.budget_ms / 1000)
+            )
             session.in_flight += 1
             session.queued += len(payload)
             self._queued += len(payload)
-            if session.in_flight > MAX_IN_FLIGHT[lane] or session.queued > MAX_QUEUED:
+            full = session.queued > MAX_QUEUED or self._queued > MAX_QUEUED_ALL
+            if full or session.in_flight > MAX_IN_FLIGHT[lane]:
                 self.counters["busy"] += 1
-                self.reply(request, Failure("busy", "too much of this connection is waiting already"))
+                self.reply(request, Failure("busy", "too much is waiting at this node already"))
                 continue
             out.append(request)
 

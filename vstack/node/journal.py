@@ -1,4 +1,4 @@
-"""A journal of every vote that this node accepted: one JSON line each, written before its reply leaves.
+"""A journal of every Accepted that this node gave: one JSON line each, written before it leaves.
 
 For audits and tests: the journals of all nodes together show whether any register ever had two
 chosen values. A killed process loses none of it; a power cut may.

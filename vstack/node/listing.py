@@ -17,7 +17,7 @@ from vstack.mesh.config import NodeId, View
 from vstack.mesh.messages import Found, List, Listing, Op, Outcome, Row, Scan, ScanReply, Value
 from vstack.mesh.paxos.proposer import Proposer
 from vstack.mesh.paxos.ranges import Merged, askers, merge
-from vstack.mesh.transport import Incoming
+from vstack.mesh.transport import Incoming, Session
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,10 @@ class Listings:
                 log.error("%s", e)
                 gather.waiting.discard(self._me)
         self._merge_if_all_came(gather, now)
+
+    def of(self, session: Session) -> int:
+        """How many listings a connection has under way."""
+        return sum(g.request.session is session for g in self._gathers.values())
 
     def on_page(self, node: NodeId, correlation: bytes, page: ScanReply, now: float) -> None:
         """An acceptor's page."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from vstack import __version__
 from vstack.errors import UsageError, VstackError
+from vstack.mesh.messages import MAX_WEIGHT, MAX_ZONE
 from vstack.mesh.transport import parse_address
 from vstack.node.disk import Disk
 from vstack.node.server import Node, NodeSettings, NotOurMesh
@@ -124,6 +125,10 @@ def settings_from(options: dict[str, Any]) -> NodeSettings:
     if host in ("0.0.0.0", "::", "*") and "advertise" not in options:
         raise UsageError(f"{listen} says nothing that others could dial: add --advertise HOST:PORT")
     weight = max(1, round(parse_size(options.get("capacity", "1T")) / 2**30))
+    if weight > MAX_WEIGHT:
+        raise UsageError(f"--capacity {options['capacity']} is more than {MAX_WEIGHT >> 10}T")
+    if len(options.get("zone", "")) > MAX_ZONE:
+        raise UsageError(f"--zone may have {MAX_ZONE} characters")
     zone = options.get("zone", "")
     return NodeSettings(listen, advertise, options["data"], peers, zone, weight, options.get("vote_journal"))
 
@@ -201,7 +206,10 @@ def main(argv: list[str] | None = None) -> None:
         node.run()
     except VstackError as e:
         print(f"vstack-node: {e}", file=sys.stderr)
-        sys.exit(e.exit_code)
+        sys.exit(e.exit_code if e.exit_code in (2, 3, 4) else 1)
+    except OSError as e:
+        print(f"vstack-node: {e}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     logging.getLogger(__name__).info("stopped after %.0f s", time.monotonic() - began)

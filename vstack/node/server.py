@@ -73,6 +73,8 @@ DOWN_AFTER = 4.0
 RECONNECT_AFTER = 5.0
 INTRODUCTION = 1.0
 """Seconds that a node with a mesh waits for another member before it serves all the same."""
+MAX_LISTINGS = 4
+"""Listings of one connection at once."""
 MAX_OPS_IN_FLIGHT = 20_000
 
 
@@ -190,10 +192,10 @@ class Node:
         if self.acceptor.dirty:
             self.votes.commit(self.acceptor.dirty)
             self.acceptor.committed()
-            if self._journal and self.acceptor.journal:
-                self._journal.write(self.acceptor.journal)
-                self.acceptor.journal = []
             self._counters["vote_commits"] += 1
+        if self._journal and self.acceptor.journal:
+            self._journal.write(self.acceptor.journal)
+            self.acceptor.journal = []
 
     def _flush(self) -> None:
         """Everything that waited for the commit."""
@@ -240,6 +242,7 @@ class Node:
             b"" if self.mesh else list_digest(self._peers),
             self.settings.zone,
             self.settings.weight,
+            self.votes.process,
         )
 
     def _greet(self, hello: Hello) -> Hello | Failure:
@@ -249,15 +252,22 @@ class Node:
         if hello.role == "node":
             if len(hello.node) != 32:
                 return Failure("refused", "a node says hello with its NodeId of 32 hex digits")
-            if hello.node == self.me and hello.boot != self.votes.boot:
-                return Failure("refused", f"NodeId {self.me} is in use: one data directory, one node")
-            if hello.node != self.me and not self.votes.meet(hello.node, hello.boot):
+            if not self._is_who_it_says(hello):
                 return Failure(
-                    "refused",
-                    f"node {hello.node[:8]} was met with a higher boot than {hello.boot}: "
-                    "its data directory is an old copy. Start it with an empty one",
+                    "stale",
+                    f"another process with the identity of node {hello.node[:8]} was met, with boot "
+                    f"{hello.boot} or later: this data directory is an old copy, or is in use twice",
                 )
         return self._hello()
+
+    def _is_who_it_says(self, hello: Hello) -> bool:
+        """False for a node that comes from a copy of its data directory. Remembers nobody who has no vote."""
+        if hello.node == self.me:
+            return hello.process == self.votes.process
+        founder = self._forming is not None and hello.peers == list_digest(self._peers)
+        if not founder and self.view.config.member(hello.node) is None:
+            return True
+        return self.votes.meet(hello.node, hello.boot, hello.process)
 
     def _keep_links(self, now: float) -> None:
         """A connection to every member (or listed peer), a ping now and then, a new one if it is deaf."""
@@ -350,8 +360,14 @@ class Node:
         elif isinstance(body, Submit):
             self._on_submit(request, body, now)
         elif isinstance(body, Scan):
-            self._scans.append(request)
+            if self._is_member(request):
+                self._scans.append(request)
+            else:
+                self._reply(request, Failure("refused", "only members of the mesh are shown raw votes"))
         elif isinstance(body, List):
+            if self._listings.of(request.session) >= MAX_LISTINGS:
+                self._reply(request, Failure("busy", "this connection has listings under way already"))
+                return
             members = self.view.config.nodes
             down = {n for n in members if n not in self._links or self.peer_state(n, now) == "down"}
             self._listings.start(request, body, down - {self.me}, now)
@@ -359,10 +375,13 @@ class Node:
             self.transport.counters["malformed"] += 1
             self._reply(request, Failure("refused", f"{type(body).__name__} is not a request"))
 
-    def _on_envelope(self, request: Incoming, envelope: Envelope) -> None:
+    def _is_member(self, request: Incoming) -> bool:
         hello = request.session.hello
-        member = self._forming is not None or self.view.config.member(hello.node) is not None
-        if hello.role != "node" or not member:
+        return hello.role == "node" and self.view.config.member(hello.node) is not None
+
+    def _on_envelope(self, request: Incoming, envelope: Envelope) -> None:
+        founder = self._forming is not None and request.session.hello.role == "node"
+        if not founder and not self._is_member(request):
             self._reply(request, Failure("refused", "only members of the mesh take part in its votes"))
             return
         answers: list[AnyItem] = []
@@ -459,7 +478,7 @@ class Node:
                 self.proposer.receive(node, item, now)
 
     def _on_peer_hello(self, link: Link, hello: Hello) -> None:
-        if hello.node != self.me and not self.votes.meet(hello.node, hello.boot):
+        if not self._is_who_it_says(hello):
             log.error("node %s at %s came back with an old boot: ignored", hello.node[:8], link.address)
             self._forget(link)
             return
@@ -479,6 +498,12 @@ class Node:
         link.hello = None
 
     def _on_failure(self, link: Link, failure: Failure) -> None:
+        if failure.code == "stale":
+            self.votes.retire(failure.text)
+            raise NotOurMesh(
+                f"{link.address} says: {failure.text}. These votes are retired: "
+                "start this machine with an empty data directory"
+            )
         if failure.code == "wrong-mesh" and not self._announced and not self._links:
             raise NotOurMesh(
                 f"{self.settings.data} belongs to mesh {self.mesh[:8]}, "
@@ -530,7 +555,7 @@ class Node:
         )
 
     def _store_figures(self) -> dict[str, float]:
-        figures = self.store.stats()._asdict()
+        figures = self._workers.figures._asdict()
         start = figures.pop("start")._asdict()
         return {k: float(v) for k, v in {**figures, **{f"start_{k}": v for k, v in start.items()}}.items()}
 

@@ -9,7 +9,8 @@ and body. A record that cannot be read is reported as damaged, never as absent (
     key                 value
     m/identity          NodeId and boot
     c/<epoch, 10 digits>  a decided configuration
-    p/<NodeId>          the highest boot of that node ever met
+    m/retired           why this store must never vote again, if so
+    p/<NodeId>          the highest boot of that node ever met, and which process that was
     r/<register key>    CRC-32 (4 bytes, big endian) of key and body, then the packed Record
 
 The NodeId is minted here, at the first start, and lost with this folder: never reused.
@@ -17,6 +18,7 @@ The NodeId is minted here, at the first start, and lost with this folder: never 
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +32,7 @@ from vstack.mesh.config import Config, NodeId, mesh_id, pack_config, unpack_conf
 from vstack.mesh.messages import Record, ScanRow
 from vstack.node.rocklog import check_logs
 
-SCAN_BYTES = 256 * 1024
+SCAN_BYTES = 128 * 1024
 """Bytes of records in one page of a scan."""
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -70,11 +72,16 @@ class VoteStore:
         self._synced.sync = True
         try:
             self.identity = self._next_boot()
+            self.process = os.urandom(16)
+            """Of this process alone; see `meet`."""
         except Exception as e:
             self._db.close()
             raise _must_not_vote(folder, e) from e
 
     def _next_boot(self) -> Identity:
+        retired = self._get(b"m/retired")
+        if retired is not None:
+            raise DamagedData(f"they are an old copy ({retired.decode()})")
         raw = self._get(b"m/identity")
         if raw is None:
             if any(True for _ in self._rows(b"")):
@@ -151,19 +158,25 @@ class VoteStore:
         """Stores a configuration that is known to be decided. On disk when this returns."""
         self._put(b"c/%010d" % config.epoch, pack_config(config))
 
-    def meet(self, node: NodeId, boot: int) -> bool:
-        """Whether this boot of `node` is acceptable: not lower than any met before.
+    def meet(self, node: NodeId, boot: int, process: bytes) -> bool:
+        """Whether this process of `node` is acceptable: its boot is above all met before, or it is the
+        very process that was met with that boot.
 
-        A restored snapshot comes back with a boot that was used already (bug B17).
+        A restored snapshot, and a copy beside the original, come with a boot that was used (bug B17).
         """
         key = b"p/" + node.encode()
-        known = self._get(key)
-        highest = int.from_bytes(known) if known else 0
+        known = self._get(key) or bytes(8)
+        highest = int.from_bytes(known[:8])
+        if boot == highest and known[8:]:
+            return known[8:] == process
         if boot < highest:
             return False
-        if boot > highest:
-            self._put(key, boot.to_bytes(8))
+        self._put(key, boot.to_bytes(8) + process)
         return True
+
+    def retire(self, why: str) -> None:
+        """These votes are an old copy: from now on this store does not open. On disk when this returns."""
+        self._put(b"m/retired", why.encode())
 
     def _get(self, key: bytes) -> bytes | None:
         """Raises DamagedData."""

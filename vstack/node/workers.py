@@ -51,6 +51,8 @@ class PieceWorkers:
         self._work = threading.Condition()
         self._done: deque[Done] = deque()
         self._closing = False
+        self.figures = store.stats()
+        """As they were after the last commit: asking the store itself would wait for its fsync."""
         self._threads = [threading.Thread(target=self._write_loop, name="writer", daemon=True)]
         self._threads += [
             threading.Thread(target=self._read_loop, name=f"reader-{i}", daemon=True) for i in range(readers)
@@ -121,6 +123,7 @@ class PieceWorkers:
                 for request in batch:
                     self._finish(request, failure(e))
                 continue
+            self.figures = self._store.stats()
             for request, result in zip(batch, results, strict=True):
                 if result.error is not None:
                     self._finish(request, failure(result.error))

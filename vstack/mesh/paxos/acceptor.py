@@ -50,7 +50,7 @@ class Acceptor:
         self.epoch_wanted = 0
         """The highest epoch heard of that `view` does not hold; the caller fetches the chain."""
         self.journal: list[Accept] | None = None
-        """If a list: every accept that changes a record is appended; the caller empties it."""
+        """If a list: every Accept that is answered Accepted is appended; the caller empties it."""
         self.damaged = 0
         """Requests that met a damaged record and got no answer."""
 
@@ -103,13 +103,12 @@ class Acceptor:
             return self._nack(m.key, m.ballot, record)
         if m.fresh and record != EMPTY and not (same and m.value == record.value):
             return self._nack(m.key, m.ballot, record)
-        if same:  # a retransmission, or somebody used one ballot twice
-            return (
-                Accepted(m.key, m.ballot) if m.value == record.value else self._nack(m.key, m.ballot, record)
-            )
-        if m.ballot < max(record.promised, record.accepted):
+        if same and m.value != record.value:  # somebody used one ballot twice
             return self._nack(m.key, m.ballot, record)
-        self._write(m.key, record, Record(m.ballot, m.ballot, m.value))
+        if not same and m.ballot < max(record.promised, record.accepted):
+            return self._nack(m.key, m.ballot, record)
+        if not same:  # else it is a retransmission
+            self._write(m.key, record, Record(m.ballot, m.ballot, m.value))
         if self.journal is not None:
             self.journal.append(m)
         return Accepted(m.key, m.ballot)

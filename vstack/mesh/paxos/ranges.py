@@ -14,7 +14,7 @@ from typing import NamedTuple
 from vstack.mesh.config import NodeId, View, key_subject
 from vstack.mesh.messages import ABSENT, ZERO, Ballot, ScanReply, Value
 
-LISTING_BYTES = 512 * 1024
+LISTING_BYTES = 128 * 1024
 """Bytes of register data in one page of a listing."""
 VIDEO_ID = 64
 """Hex digits of a video's id."""
