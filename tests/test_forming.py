@@ -521,6 +521,7 @@ def test_a_node_of_a_mesh_has_no_vote_on_founding_one(server: Server) -> None:
 
 def test_answers_of_a_node_that_came_back_with_an_old_boot_are_nobodys(server: Server) -> None:
     """Bug B17: its votes are from before those that it has forgotten."""
+    server._adopt(Config(1, (Member(server.me, "a:1"), Member(OTHER, "b:1")), 1))
     link = server.transport.connect(f"127.0.0.1:{free_port(1)}", 0.0)
     server._on_peer_hello(link, hello_of(OTHER, 5))
     assert link.hello is not None
