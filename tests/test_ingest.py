@@ -456,7 +456,7 @@ def test_an_ingest_that_is_given_up_leaves_nothing_open(stored: Callable[[str], 
     chunks = Ingest(stored("h264.mp4").source, RULES).chunks()
     next(chunks)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     if before:
         assert len(os.listdir("/proc/self/fd")) < before
 

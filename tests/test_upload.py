@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from itertools import islice
@@ -150,7 +150,7 @@ def test_a_source_that_fails_midway_is_aborted_stays_hidden_and_can_be_stored_la
     source = random_file(tmp_path / "fails.bin", 10 << 20, 4)
     real = Ingest.chunks
 
-    def breaks_off(self: Ingest) -> Iterator[Chunk]:
+    def breaks_off(self: Ingest) -> Generator[Chunk, None, None]:
         yield from islice(real(self), 3)
         raise BadInput(f"{self.path} broke off")
 

@@ -20,7 +20,7 @@ Memory: a chunk and a group of pictures (`cuts`), a fragment in the muxer, and F
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +104,7 @@ class Ingest:
             raise RuntimeError("media is complete only after the last chunk")
         return self._media
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Generator[Chunk, None, None]:
         """The chunks in order.
 
         Raises ProofFailed when the stored form turns out to differ (chunks yielded before must then
@@ -131,7 +131,7 @@ class Ingest:
             return STORED[name]
         raise ProofFailed(f"{self.path} cannot be stored packet by packet ({'; '.join(reasons)}); {AS_IT_IS}")
 
-    def _opaque_chunks(self) -> Iterator[Chunk]:
+    def _opaque_chunks(self) -> Generator[Chunk, None, None]:
         with self.path.open("rb") as file:
             index = 0
             while data := file.read(OPAQUE_BYTES):
@@ -140,7 +140,7 @@ class Ingest:
                 index += 1
         self._media = Media(container="opaque", source_format="", clock=(1, 1), duration=0)
 
-    def _media_chunks(self, muxer: Muxer) -> Iterator[Chunk]:
+    def _media_chunks(self, muxer: Muxer) -> Generator[Chunk, None, None]:
         run = Remux(self.path, muxer, salvage=self._salvage, trial=False)
         try:
             held: Cut | None = None

@@ -19,7 +19,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -312,9 +312,9 @@ class _Upload:
         room = _Room(IN_FLIGHT_BYTES)
         chunks = self.ingest.chunks()
         init: asyncio.Task[InitPiece | None] | None = None
-        with one_error():
+        with one_error(), closing(chunks):
             async with asyncio.TaskGroup() as group:
-                while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                while (chunk := await _next(chunks)) is not None:
                     if init is None:
                         init = group.create_task(self._store_init(upload))
                     entries.append(chunk.entry)
@@ -382,6 +382,17 @@ class _Upload:
         sha256 = hashlib.sha256(data).digest()
         places = await self._writer.write(upload, INIT_INDEX, data, sha256, scheme)
         return InitPiece(len(data), sha256, places)
+
+
+async def _next(chunks: Iterator[Chunk]) -> Chunk | None:
+    """The next chunk, cut in a thread. Told to end meanwhile, it lets the thread finish that chunk, so
+    that the source can be closed."""
+    step = asyncio.get_running_loop().run_in_executor(None, next, chunks, None)
+    try:
+        return await asyncio.shield(step)
+    except asyncio.CancelledError:
+        await asyncio.wait({step})
+        raise
 
 
 @contextmanager
