@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Generator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -104,18 +105,19 @@ def test_an_interrupted_upload_resumes_where_it_stopped(mesh: LocalMesh, tmp_pat
     assert (tmp_path / "copy.bin").read_bytes() == source.read_bytes()
 
 
-def test_two_clients_at_once_make_one_video(mesh: LocalMesh, tmp_path: Path) -> None:
-    source = random_file(tmp_path / "shared.bin", 12 << 20, 2)
+def test_clients_at_once_make_one_video(mesh: LocalMesh, tmp_path: Path) -> None:
+    source = random_file(tmp_path / "shared.bin", 8 << 20, time.time_ns())
 
-    async def both() -> None:
-        async with connect(mesh.peers) as one, connect(mesh.peers) as two:
+    async def all_at_once() -> None:
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(connect(mesh.peers)) for _ in range(4)]
             options = UploadOptions(opaque=True)
-            a, b = await asyncio.gather(upload(one, source, options), upload(two, source, options))
-            assert a.video.id == b.video.id
-            assert a.video.upload == b.video.upload
-            await download(one, b.video, tmp_path / "copy.bin")
+            results = await asyncio.gather(*(upload(client, source, options) for client in clients))
+            assert len({r.video.id for r in results}) == 1
+            assert len({r.video.upload for r in results}) == 1
+            await download(clients[0], results[0].video, tmp_path / "copy.bin")
 
-    asyncio.run(both())
+    asyncio.run(all_at_once())
     assert (tmp_path / "copy.bin").read_bytes() == source.read_bytes()
 
 

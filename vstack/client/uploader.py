@@ -48,6 +48,7 @@ from vstack.mesh.registers import (
     pack,
     table_hash,
     unpack_chunk,
+    unpack_video,
     uploaded,
     video_key,
 )
@@ -205,12 +206,21 @@ class _Upload:
         self._writer = PieceWriter(mesh, video_id)
 
     async def run(self) -> tuple[Video, str]:
-        found = await read_video(self.mesh, self.id)
-        if found is not None and found.record.state in ("ready", "deleted"):
-            return await self._update(found)
-        if found is not None and found.record.state == "purging":
-            raise VstackError(f"video {self.id[:12]} is being removed for good: try again when that is done")
-        self._open, known = await self._open_upload(found)
+        opened = None
+        while opened is None:
+            # One read gives both: what is there, and the version that a change of it has to name.
+            register = await self.mesh.read(video_key(self.id))
+            found = None
+            if register.data is not None:
+                found = Video(self.id, register.version, unpack_video(register.data))
+            if found is not None and found.record.state in ("ready", "deleted"):
+                return await self._update(found)
+            if found is not None and found.record.state == "purging":
+                raise VstackError(
+                    f"video {self.id[:12]} is being removed for good: try again when that is done"
+                )
+            opened = await self._open_upload(found, register.version)
+        self._open, known = opened
         self.progress.stage, self.progress.done = "uploading", 0
         self.on_progress(self.progress)
         entries, init, media = await self._store_chunks(self._open.upload, known)
@@ -244,35 +254,32 @@ class _Upload:
             self._warn(f"the title is cut to {MAX_TITLE} characters")
         return title[:MAX_TITLE]
 
-    async def _open_upload(self, found: Video | None) -> tuple[Video, dict[int, ChunkRecord]]:
-        """The open upload, ours or one to go on with, and the chunks that it has already."""
+    async def _open_upload(
+        self, found: Video | None, expect: int
+    ) -> tuple[Video, dict[int, ChunkRecord]] | None:
+        """The open upload, ours or one to go on with, and the chunks that it has already. None if
+        somebody else was quicker: look again."""
         wanted = f"{recipe(self.options.rules)}; {self.ingest.container}"
-        while True:
-            if found is not None and found.record.state == "uploading" and found.record.recipe == wanted:
-                if self._title() != found.record.title and self.options.title:
-                    self.warnings.append(
-                        f"an upload under the title {found.record.title!r} goes on: it stands"
-                    )
-                if self.options.redundancy not in (None, found.record.redundancy):
-                    self._warn(
-                        f"an upload with redundancy {found.record.redundancy} goes on, not "
-                        f"{self.options.redundancy}: put the file again when it is done to change that"
-                    )
-                page = await self.mesh.list(chunk_prefix(self.id, found.upload))
-                known = [unpack_chunk(row.data) for row in page.rows]
-                return found, {r.entry.index: r for r in known}
-            record = VideoRecord(
-                state="uploading",
-                title=self._title(),
-                redundancy=self.options.redundancy or "auto",
-                recipe=wanted,
-                source_size=self.ingest.source_size,
-            )
-            expect = found.version if found else (await self.mesh.read(video_key(self.id))).version
-            outcome = await self.mesh.change(Change(video_key(self.id), expect, pack(record)))
-            if not isinstance(outcome, Mismatch):
-                return Video(self.id, outcome.version, record), {}
-            found = await read_video(self.mesh, self.id)
+        if found is not None and found.record.state == "uploading" and found.record.recipe == wanted:
+            if self._title() != found.record.title and self.options.title:
+                self.warnings.append(f"an upload under the title {found.record.title!r} goes on: it stands")
+            if self.options.redundancy not in (None, found.record.redundancy):
+                self._warn(
+                    f"an upload with redundancy {found.record.redundancy} goes on, not "
+                    f"{self.options.redundancy}: put the file again when it is done to change that"
+                )
+            page = await self.mesh.list(chunk_prefix(self.id, found.upload))
+            known = [unpack_chunk(row.data) for row in page.rows]
+            return found, {r.entry.index: r for r in known}
+        record = VideoRecord(
+            state="uploading",
+            title=self._title(),
+            redundancy=self.options.redundancy or "auto",
+            recipe=wanted,
+            source_size=self.ingest.source_size,
+        )
+        outcome = await self.mesh.change(Change(video_key(self.id), expect, pack(record)))
+        return None if isinstance(outcome, Mismatch) else (Video(self.id, outcome.version, record), {})
 
     async def _update(self, found: Video) -> tuple[Video, str]:
         """The bytes are here already: a new title or redundancy, or the return of what was deleted."""
