@@ -262,7 +262,7 @@ class _Upload:
         wanted = f"{recipe(self.options.rules)}; {self.ingest.container}"
         if found is not None and found.record.state == "uploading" and found.record.recipe == wanted:
             if self._title() != found.record.title and self.options.title:
-                self.warnings.append(f"an upload under the title {found.record.title!r} goes on: it stands")
+                self._warn(f"an upload under the title {found.record.title!r} goes on: it stands")
             if self.options.redundancy not in (None, found.record.redundancy):
                 self._warn(
                     f"an upload with redundancy {found.record.redundancy} goes on, not "
