@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 NodeId = str
 """32 hex digits, random, minted inside the vote store."""
@@ -22,30 +23,55 @@ CONFIG_KEY = "config/"
 """Keys below this prefix decide configurations. They live outside the epoch fence."""
 
 
+Hex32 = Annotated[str, Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]{32}\Z")]
+PublicKey = Annotated[bytes, Meta(max_length=32)]
+"""A CURVE public key, 32 bytes; empty in a mesh without keys."""
+Role = Literal["admin", "writer", "reader"]
+"""What a client may do. Each role may do what the ones after it may."""
+
+
 class Member(msgspec.Struct, frozen=True, array_like=True):
     """One node of a configuration."""
 
-    node: NodeId
-    address: str
+    node: Hex32
+    address: Annotated[str, Meta(max_length=300)]
     """host:port of its control lane, as others dial it; the data lane is the next port."""
-    zone: str = ""
-    weight: int = 1
+    zone: Annotated[str, Meta(max_length=64)] = ""
+    weight: Annotated[int, Meta(ge=0, le=1 << 20)] = 1
     """Share of the pieces, by capacity. Never used for acceptor groups."""
+    key: PublicKey = b""
+    draining: bool = False
+    """It keeps what it has, gets no new pieces, and votes in no group of this configuration."""
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True):
+    """A client that may use the mesh, by its public key."""
+
+    key: PublicKey
+    role: Role
+    name: Annotated[str, Meta(max_length=64)] = ""
 
 
 class Config(msgspec.Struct, frozen=True):
     """One configuration of the mesh: immutable once decided."""
 
-    epoch: int
-    members: tuple[Member, ...]
-    base: int
+    epoch: Annotated[int, Meta(ge=0, lt=1 << 32)]
+    members: Annotated[tuple[Member, ...], Meta(max_length=1024)]
+    base: Annotated[int, Meta(ge=0, lt=1 << 32)]
     """The oldest epoch whose groups may still hold undecided or unmigrated values; base <= epoch."""
     hash_version: int = HASH_VERSION
+    grants: Annotated[tuple[Grant, ...], Meta(max_length=1024)] = ()
+    change: Annotated[bytes, Meta(max_length=16)] = b""
+    """Names the change that made this configuration, so that whoever asked for it, and asks again,
+    knows that it happened."""
+    lost: Annotated[tuple[Hex32, ...], Meta(max_length=1024)] = ()
+    """Nodes that the operator has declared lost for good, in this very change: nobody waits for their
+    votes in older epochs. Their registers may have lost their latest change."""
 
     @property
     def g(self) -> int:
-        """Acceptors per register: all members up to 3, 3 for four, 5 from five members on."""
-        n = len(self.members)
+        """Acceptors per register: all voters up to 3, 3 for four, 5 from five voters on."""
+        n = len(self.voters)
         return n if n <= 3 else 3 if n == 4 else 5
 
     def member(self, node: NodeId) -> Member | None:
@@ -54,6 +80,11 @@ class Config(msgspec.Struct, frozen=True):
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         return tuple(m.node for m in self.members)
+
+    @property
+    def voters(self) -> tuple[NodeId, ...]:
+        """The members that groups are drawn from."""
+        return tuple(m.node for m in self.members if not m.draining)
 
 
 GENESIS = Config(epoch=0, members=(), base=0)
@@ -100,8 +131,8 @@ def _score(subject: str, node: NodeId) -> int:
 
 @lru_cache(maxsize=65536)
 def group(config: Config, subject: str) -> tuple[NodeId, ...]:
-    """The acceptors of every key of `subject`: the first g members by rendezvous hash, unweighted."""
-    ranked = sorted(config.nodes, key=lambda node: (_score(subject, node), node), reverse=True)
+    """The acceptors of every key of `subject`: the first g voters by rendezvous hash, unweighted."""
+    ranked = sorted(config.voters, key=lambda node: (_score(subject, node), node), reverse=True)
     return tuple(ranked[: config.g])
 
 
@@ -110,10 +141,14 @@ class Era(NamedTuple):
 
     first: int
     group: tuple[NodeId, ...]
+    """Without those that were declared lost since."""
+    size: int
+    """Of the group as it was."""
 
     @property
     def majority(self) -> int:
-        return len(self.group) // 2 + 1
+        """How many of `group` speak for it: a majority, or all that are left where that many are not."""
+        return min(self.size // 2 + 1, len(self.group))
 
 
 class View:
@@ -129,6 +164,8 @@ class View:
         self.config = chain[-1]
         """The newest configuration."""
         self._eras: dict[str, tuple[Era, ...]] = {}
+        self._leaders: dict[tuple[str, int], tuple[tuple[NodeId, ...], int]] = {}
+        self._open = self._open_configs()
 
     @property
     def epoch(self) -> int:
@@ -144,29 +181,56 @@ class View:
             raise ValueError(f"epoch {config.epoch} does not follow {self.epoch}")
         self._chain[config.epoch] = config
         self.config = config
+        for epoch in [e for e in self._chain if e < config.base]:
+            del self._chain[epoch]
         self._eras.clear()
+        self._leaders.clear()
+        self._open = self._open_configs()
 
     def chain(self) -> tuple[Config, ...]:
-        return tuple(self._chain[e] for e in sorted(self._chain))
+        """The configurations that are open: base..epoch, oldest first."""
+        return self._open
 
     def at(self, epoch: int) -> Config:
-        """Raises KeyError for an epoch that this view does not hold."""
+        """Raises KeyError for an epoch that is not open."""
         return self._chain[epoch]
 
+    def _open_configs(self) -> tuple[Config, ...]:
+        return tuple(c for e, c in sorted(self._chain.items()) if e >= self.config.base)
+
+    @property
+    def lost(self) -> frozenset[NodeId]:
+        """Nodes of open epochs that the operator has declared lost."""
+        return frozenset(n for c in self._open for n in c.lost)
+
+    @property
+    def participants(self) -> frozenset[NodeId]:
+        """All members of open epochs: whose messages about registers count."""
+        return frozenset(n for c in self._open for n in c.nodes) - self.lost
+
+    def is_settled(self) -> bool:
+        """Whether every key has one era: all open configurations have the same voters."""
+        return all(set(c.voters) == set(self.config.voters) for c in self._open)
+
     def group(self, key: str) -> tuple[NodeId, ...]:
-        return group(self.config, key_subject(key))
+        """The acceptors of `key` in the newest epoch."""
+        return self.eras(key)[0].group
 
     def eras(self, key: str) -> tuple[Era, ...]:
         """The eras of `key` in base..epoch, newest first. A -> B -> A is three eras (bug B16)."""
         subject = key_subject(key)
         found = self._eras.get(subject)
         if found is None:
-            eras: list[Era] = []
-            for epoch in range(self.base, self.epoch + 1):
-                acceptors = group(self._chain[epoch], subject)
-                if not eras or eras[-1].group != acceptors:
-                    eras.append(Era(epoch, acceptors))
-            found = tuple(reversed(eras))
+            runs: list[tuple[int, tuple[NodeId, ...]]] = []
+            for config in self._open:
+                acceptors = group(config, subject)
+                if not runs or runs[-1][1] != acceptors:
+                    runs.append((config.epoch, acceptors))
+            lost = self.lost
+            found = tuple(
+                Era(first, tuple(n for n in acceptors if n not in lost), len(acceptors))
+                for first, acceptors in reversed(runs)
+            )
             if len(self._eras) >= 65536:
                 self._eras.clear()
             self._eras[subject] = found
@@ -182,12 +246,23 @@ class View:
         A right to one fast create, and otherwise only a hint where to send a request first.
         128 neighbouring chunks share one, so that their creates share envelopes.
         """
-        return leader(self._chain.get(key_epoch(key), self.config), key)
+        if not key.startswith("chunk/"):
+            return None
+        _, video, upload, index = key.split("/")
+        epoch = int(upload.split(".")[0])
+        known = self._leaders.get((video, epoch))
+        if known is None:
+            acceptors = group(self._chain.get(epoch, self.config), video)
+            if len(self._leaders) >= 65536:
+                self._leaders.clear()
+            known = self._leaders[video, epoch] = (acceptors, _score(video, "leader"))
+        acceptors, turn = known
+        return acceptors[(turn + int(index) // 128) % len(acceptors)] if acceptors else None
 
 
 def leader(config: Config, key: str) -> NodeId | None:
     """As `View.leader`, with the configuration of the key's own epoch. None without members."""
-    if not key.startswith("chunk/") or not config.members:
+    if not key.startswith("chunk/") or not config.voters:
         return None
     _, video, _, index = key.split("/")
     acceptors = group(config, video)

@@ -18,7 +18,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from vstack.mesh.config import Config
+from vstack.mesh.changes import MeshChange
+from vstack.mesh.config import Config, Member, PublicKey
 from vstack.mesh.registers import MAX_RECORD
 
 PROTOCOL_VERSION = 1
@@ -101,6 +102,49 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
 EMPTY = Record()
 
 
+class Op(msgspec.Struct, frozen=True, array_like=True):
+    """One operation on one register, as a client sends it. `expect` None means: read.
+
+    `id` stays the same over all retries through any node; that is what makes them harmless.
+    """
+
+    id: OpId
+    key: Key
+    born: U64
+    """The client's epoch when it first sent the operation."""
+    expect: U64 | None = None
+    data: Data | None = None
+
+
+class Ok(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """The change was applied and chosen. `version` is the one it produced."""
+
+    version: U64
+
+
+class Mismatch(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """The change was not applied: the register holds something else."""
+
+    version: U64
+    data: Data | None
+
+
+class Unknown(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """It may or may not have happened, and may still happen."""
+
+    reason: Text
+
+
+class Found(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """What a read returned: a chosen value and its version. `data` is None if absent or deleted."""
+
+    version: U64
+    data: Data | None
+
+
+Outcome = Ok | Mismatch | Unknown | Found
+
+
 class Item(msgspec.Struct, frozen=True, array_like=True):
     """Base of what travels in envelopes."""
 
@@ -147,9 +191,22 @@ class Nack(Item, frozen=True, tag=7):
     epoch: U64
 
 
+class Forward(Item, frozen=True, tag=8):
+    """An operation for the rival that keeps winning: it has the register's newest ballot."""
+
+    op: Op
+
+
+class Told(Item, frozen=True, tag=9):
+    """What became of a forwarded operation."""
+
+    op: OpId
+    outcome: Outcome
+
+
 Request = Prepare | Accept | Read
 Reply = Promise | Accepted | ReadReply | Nack
-AnyItem = Prepare | Promise | Accept | Accepted | Read | ReadReply | Nack
+AnyItem = Prepare | Promise | Accept | Accepted | Read | ReadReply | Nack | Forward | Told
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -172,6 +229,12 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=2):
     weight: Annotated[int, Meta(ge=0, le=MAX_WEIGHT)] = 1
     process: Annotated[bytes, Meta(max_length=16)] = b""
     """Random, of this process: two processes with the same NodeId and boot are told apart by it."""
+    address: Annotated[str, Meta(max_length=300)] = ""
+    """Where a node is dialled: host:port of its control lane."""
+    key: PublicKey = b""
+    """A node's public key."""
+    proof: Annotated[bytes, Meta(max_length=32)] = b""
+    """That the sender holds the mesh's secret key: see `mesh.keys`."""
 
 
 class HelloRequired(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -185,7 +248,10 @@ class Failure(msgspec.Struct, frozen=True, array_like=True, tag=4):
     text: Text
 
 
-FAILURES = ("busy", "forming", "wrong-mesh", "stale", "refused", "not-found", "full", "io", "damaged", "late")
+FAILURES = (
+    "busy", "epoch", "forbidden", "removed", "forming", "wrong-mesh", "stale", "refused", "not-found",
+    "full", "io", "damaged", "late",
+)  # fmt: skip
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=5):
@@ -207,49 +273,6 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
     mesh: Annotated[str, Meta(max_length=32)]
     configs: tuple[Config, ...]
-
-
-class Op(msgspec.Struct, frozen=True, array_like=True):
-    """One operation on one register, as a client sends it. `expect` None means: read.
-
-    `id` stays the same over all retries through any node; that is what makes them harmless.
-    """
-
-    id: OpId
-    key: Key
-    born: U64
-    """The client's epoch when it first sent the operation."""
-    expect: U64 | None = None
-    data: Data | None = None
-
-
-class Ok(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """The change was applied and chosen. `version` is the one it produced."""
-
-    version: U64
-
-
-class Mismatch(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """The change was not applied: the register holds something else."""
-
-    version: U64
-    data: Data | None
-
-
-class Unknown(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """It may or may not have happened, and may still happen."""
-
-    reason: Text
-
-
-class Found(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """What a read returned: a chosen value and its version. `data` is None if absent or deleted."""
-
-    version: U64
-    data: Data | None
-
-
-Outcome = Ok | Mismatch | Unknown | Found
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=9):
@@ -379,6 +402,45 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag=20):
     disk_total: int
 
 
+class ChangeMesh(msgspec.Struct, frozen=True, array_like=True, tag=21):
+    """An operator's change of the configuration. Answered by `MeshChanged`, or by a Failure."""
+
+    id: OpId
+    """The same over all retries."""
+    replaces: U64
+    """The epoch that the change was made for: if another one is the newest, it is refused."""
+    change: MeshChange
+
+
+class MeshChanged(msgspec.Struct, frozen=True, array_like=True, tag=22):
+    """The change was decided, in this epoch."""
+
+    epoch: U64
+
+
+class Join(msgspec.Struct, frozen=True, array_like=True, tag=23):
+    """A node without a mesh asks to become a member. Answered by `MeshChanged`, or by a Failure."""
+
+    member: Member
+
+
+class ForceConfig(msgspec.Struct, frozen=True, array_like=True, tag=24):
+    """The operator's way out: adopt a configuration that no majority can decide any more."""
+
+    config: Config
+
+
+class Viewed(msgspec.Struct, frozen=True, array_like=True, tag=25):
+    """A playback has played long enough to count. `id` is the playback's, the same over all retries."""
+
+    video: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    id: OpId
+
+
+class Noted(msgspec.Struct, frozen=True, array_like=True, tag=26):
+    """Taken note of; nothing is promised."""
+
+
 Body = (
     Envelope
     | Hello
@@ -400,6 +462,12 @@ Body = (
     | PieceData
     | GetStatus
     | Status
+    | ChangeMesh
+    | MeshChanged
+    | Join
+    | ForceConfig
+    | Viewed
+    | Noted
 )
 
 
@@ -411,6 +479,8 @@ class Header(msgspec.Struct, frozen=True, array_like=True):
     """In a reply: bytes that wait at the server for the same lane."""
     rate: U64 = 0
     """In a reply: bytes a second that the server has lately served on this lane; 0 unknown."""
+    epoch: U64 = 0
+    """In a reply: the configuration that the server knows."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
