@@ -54,6 +54,8 @@ Node = Annotated[str, Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]{32}
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Data = Annotated[bytes, Meta(max_length=MAX_RECORD)]
+ValueData = Annotated[bytes, Meta(max_length=192 * 1024)]
+"""What an acceptor may hold: a configuration of a thousand members is larger than any other register."""
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Text = Annotated[str, Meta(max_length=1000)]
 OpId = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -83,7 +85,7 @@ class Value(msgspec.Struct, frozen=True, array_like=True):
     """What a register holds. `data` is None for a tombstone, and at version 0 (absent)."""
 
     version: U64 = 0
-    data: Data | None = None
+    data: ValueData | None = None
     ops: Annotated[tuple[Applied, ...], Meta(max_length=16)] = ()
     """The last changes, oldest first; at most 16."""
 

@@ -74,7 +74,9 @@ class Acceptor:
                     self.epoch_wanted = max(self.epoch_wanted, epoch)
                     return None
                 if not self.view.serves(self.me, m.key):
-                    return None
+                    return self._outside(m) if epoch < self.view.epoch else None
+                if epoch < key_epoch(m.key) and isinstance(m, Read):
+                    return None  # nothing exists about a key before the epoch that named it
                 if epoch < max(key_epoch(m.key), self.view.epoch) and not isinstance(m, Read):
                     return self._nack(m.key, m.ballot, self.record(m.key))
             if isinstance(m, Prepare):
@@ -85,6 +87,12 @@ class Acceptor:
         except DamagedData:
             self.damaged += 1
             return None
+
+    def _outside(self, m: Request) -> Reply:
+        """To somebody who does not know yet that this node is in no group of the key any more."""
+        if isinstance(m, Read):
+            return ReadReply(m.key, m.token, self.view.epoch, EMPTY.accepted, EMPTY.value)
+        return self._nack(m.key, m.ballot, EMPTY)
 
     def on_prepare(self, m: Prepare) -> Reply:
         record = self.record(m.key)
@@ -122,7 +130,8 @@ class Acceptor:
         return m.ballot.epoch == key_epoch(m.key) and m.ballot.node == self.view.leader(m.key)
 
     def _nack(self, key: str, ballot: Ballot, record: Record) -> Nack:
-        return Nack(key, ballot, max(record.promised, record.accepted), self.view.epoch)
+        epoch = self.view.epoch if key.startswith(CONFIG_KEY) else max(self.view.epoch, key_epoch(key))
+        return Nack(key, ballot, max(record.promised, record.accepted), epoch)
 
     def _write(self, key: str, old: Record, new: Record) -> None:
         assert new.promised >= old.promised, "I1: a promise never goes down"

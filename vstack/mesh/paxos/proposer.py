@@ -16,12 +16,15 @@ Nothing here is durable. The caller commits the acceptor's `dirty` before anythi
 or `done` leaves; that is also what puts a fast create on the own disk first.
 
 An operation is never reported as failed when it may have happened: that outcome is Unknown.
+
+Two proposers that keep outbidding each other waste both: after two defeats by the same live rival,
+the operations are handed to it (`Forward`), with the same ids, and come back as `Told`.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -35,6 +38,7 @@ from vstack.mesh.messages import (
     Accept,
     Accepted,
     Ballot,
+    Forward,
     Found,
     Nack,
     Op,
@@ -45,6 +49,7 @@ from vstack.mesh.messages import (
     ReadReply,
     Reply,
     Request,
+    Told,
     Unknown,
     Value,
 )
@@ -63,6 +68,10 @@ class Timing:
     """How often an Accept is sent again before the attempt ends."""
     backoff: float = 1.0
     """Upper bound of the jittered pause after a lost duel."""
+    defeats: int = 2
+    """Attempts lost to one live rival after which it is asked to do the operations."""
+    forwarded: float = 0.5
+    """How long to wait for it, before the next attempt of one's own."""
 
 
 class Phase(Enum):
@@ -78,6 +87,8 @@ class Waiting:
     op: Op
     tag: Hashable
     deadline: float
+    forwarded: bool = False
+    """It came from a rival, and is not sent on."""
     done: bool = False
 
 
@@ -111,6 +122,10 @@ class KeyState:
     paused_until: float = 0.0
     full_way: bool = False
     """A fast create or a quorum read did not settle it: prepare next time."""
+    rival: NodeId = ""
+    """Who won the last duel."""
+    defeats: int = 0
+    """Duels lost to it, in a row."""
 
 
 class Proposer:
@@ -124,12 +139,14 @@ class Proposer:
         self.view = view
         self.acceptor = acceptor
         self.timing = timing or Timing()
-        self.outbox: list[tuple[NodeId, Request]] = []
+        self.outbox: list[tuple[NodeId, Request | Forward]] = []
         """Requests to other nodes. The caller empties it."""
+        self.is_live: Callable[[NodeId], bool] = lambda node: True
+        """Whether a rival is worth forwarding to. Carries no safety."""
         self.done: list[tuple[Hashable, Outcome]] = []
         """Outcomes by the tag given to `submit`. The caller empties it."""
         self.counters = dict.fromkeys(
-            ("fast", "reads", "full", "chosen", "lost", "timeouts", "to_self", "unknown"), 0
+            ("fast", "reads", "full", "chosen", "lost", "timeouts", "to_self", "unknown", "forwarded"), 0
         )
         self.in_flight = 0
         """Operations that have no outcome yet."""
@@ -143,10 +160,10 @@ class Proposer:
         self._local: list[tuple[Reply, float]] = []
         self._rtt = 0.005
 
-    def submit(self, op: Op, now: float, deadline: float, tag: Hashable) -> None:
+    def submit(self, op: Op, now: float, deadline: float, tag: Hashable, *, forwarded: bool = False) -> None:
         """Takes one operation; its outcome appears in `done` under `tag` by `deadline` (both in seconds)."""
         state = self._keys.setdefault(op.key, KeyState())
-        state.queue.append(Waiting(op, tag, deadline))
+        state.queue.append(Waiting(op, tag, deadline, forwarded))
         self.in_flight += 1
         self._at(deadline, op.key, None)
         if state.attempt is None and state.paused_until <= now:
@@ -156,6 +173,37 @@ class Proposer:
         """One reply of an acceptor. What does not match the current attempt is dropped (bug B6)."""
         self._receive(sender, m, now)
         self._drain()
+
+    def told(self, m: Told) -> None:
+        """What a rival made of an operation that was forwarded to it."""
+        state = self._keys.get(m.key)
+        if state is None or isinstance(m.outcome, Unknown):
+            return
+        for w in (*state.queue, *(state.attempt.waiting if state.attempt else ())):
+            if w.op.id == m.op:
+                self._finish(w, m.outcome)
+        state.queue = [w for w in state.queue if not w.done]
+        self._forget_if_idle(m.key, state)
+
+    def give_up(self, epoch: int) -> None:
+        """No chain leads to `epoch`, which some keys name: their operations end, instead of waiting."""
+        for key, state in list(self._keys.items()):
+            if key_epoch(key) == epoch and state.attempt is None:
+                for w in state.queue:
+                    self._finish(w, Unknown(f"no configuration of epoch {epoch} is known"))
+                state.queue = []
+                self._forget_if_idle(key, state)
+
+    def on_epoch(self, now: float) -> None:
+        """The view has a newer epoch: no attempt of an older one goes on (I9)."""
+        for key, state in self._keys.items():
+            if state.attempt is not None:
+                state.queue[:0] = [w for w in state.attempt.waiting if not w.done]
+                state.attempt = None
+            state.full_way = False
+            state.lost = 0
+            state.paused_until = now
+            self._at(now, key, None)
 
     def tick(self, now: float) -> None:
         """Does everything that is due at `now`."""
@@ -278,7 +326,7 @@ class Proposer:
             here = [attempt.promises[n] for n in era.group if n in attempt.promises]
             if len(here) < era.majority:
                 return
-            if max(p.accepted.epoch for p in here) >= era.first:
+            if max((p.accepted.epoch for p in here), default=-1) >= era.first:
                 break  # settled in this era: older ones have nothing newer
         best = max(attempt.promises.values(), key=lambda p: p.accepted)
         self._rtt += (now - attempt.began - self._rtt) / 8
@@ -331,6 +379,9 @@ class Proposer:
             state.full_way = True
             self._retry(state, attempt, now)
         elif m.seen > attempt.ballot or m.epoch > self.view.epoch or majority_gone:
+            if m.seen > attempt.ballot and m.seen.node != self.me:
+                state.defeats = state.defeats + 1 if m.seen.node == state.rival else 1
+                state.rival = m.seen.node
             self._lose(state, attempt, now)
 
     def _on_silence(self, state: KeyState, attempt: Attempt, now: float) -> None:
@@ -353,6 +404,7 @@ class Proposer:
         state.attempt = None
         state.lost = 0
         state.silent = 0
+        state.defeats = 0
         state.full_way = False
         if state.queue:
             self._at(now, attempt.key, None)
@@ -370,6 +422,19 @@ class Proposer:
         state.attempt = None
         state.lost += 1
         self._pause(attempt.key, state, [w for w in attempt.waiting if not w.done], now)
+        if state.defeats >= self.timing.defeats and self.is_live(state.rival):
+            self._forward(attempt.key, state, now)
+
+    def _forward(self, key: str, state: KeyState, now: float) -> None:
+        """Instead of the next duel. What is not answered in time is tried here again."""
+        ours = [w for w in state.queue if not w.forwarded]
+        if not ours:
+            return
+        state.defeats = 0
+        self.counters["forwarded"] += len(ours)
+        self.outbox.extend((state.rival, Forward(key, w.op)) for w in ours)
+        state.paused_until = now + self.timing.forwarded + 4 * self._rtt
+        self._at(state.paused_until, key, None)
 
     def _pause(self, key: str, state: KeyState, waiting: list[Waiting], now: float) -> None:
         """Full jitter (CHUNKPAXOS, *Duels*)."""
