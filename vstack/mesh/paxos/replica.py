@@ -117,8 +117,8 @@ class Replica:
         self.me = me
         self.boot = boot
         base = chain[-1].base if chain else 0
-        self.view = View(tuple(c for c in chain if c.epoch >= base) or (GENESIS,))
-        self.acceptor = Acceptor(me, self.view, storage.lookup)
+        self.view = self.make_view(tuple(c for c in chain if c.epoch >= base) or (GENESIS,))
+        self.acceptor = self.make_acceptor(storage)
         self.proposer = self.make_proposer(rng, timing)
         self.settled = 0
         """The newest epoch at which all that this node holds is settled; to be told to everyone."""
@@ -153,8 +153,26 @@ class Replica:
         self._again: list[str] = []
         """Keys whose read found no majority."""
 
+    # Its parts, and the rule of succession. A subclass may make others.
+
+    def make_view(self, chain: tuple[Config, ...]) -> View:
+        return View(chain)
+
+    def make_acceptor(self, storage: Storage) -> Acceptor:
+        return Acceptor(self.me, self.view, storage.lookup)
+
     def make_proposer(self, rng: Random, timing: Timing | None) -> Proposer:
         return Proposer(self.me, self.boot, self.view, self.acceptor, rng, timing)
+
+    def make_decree(self, wish: Config) -> Decree:
+        return Decree(self.view.config, wish, self.me, self.boot, self.acceptor, self._rounds, self._rng)
+
+    def successor(self, change: MeshChange, change_id: bytes) -> Config:
+        return successor(self.view, change, change_id)
+
+    def unsettled(self) -> dict[int, list[NodeId]]:
+        """Why base cannot move, as far as this node has heard: see `changes.unsettled`."""
+        return unsettled(self.view, {n: s for n, (_, s) in self.statements.items()})
 
     # -- traffic ----------------------------------------------------------------------------------
 
@@ -208,6 +226,8 @@ class Replica:
                 self._held.append(Held(reply_to, sender, m, now + HELD_FOR))
             self._ask_for_chain(now)
             return
+        if self.view.epoch > 0 and sender not in self.view.participants:
+            return  # it may have been a member once, or be one some day
         reply = self.acceptor.receive(m)
         if reply is not None:
             self.replies.append((reply_to, reply))
@@ -302,7 +322,7 @@ class Replica:
     def dropped_by(self, configs: Sequence[Config]) -> list[str]:
         """Subjects whose registers this node must forget on the way through `configs`: at some point it
         is in no group of base..epoch, and must not come back with old votes (I7, bug B13)."""
-        scratch = View(self.view.chain())
+        scratch = self.make_view(self.view.chain())
         drop: dict[str, None] = {}
         subjects: list[str] | None = None
         for config in configs:
@@ -334,17 +354,12 @@ class Replica:
                 return
         else:
             try:
-                wish = successor(self.view, change, change_id)
+                wish = self.successor(change, change_id)
             except ChangeRefused as e:
                 self.changes.append((tag, Failure("refused", str(e))))
                 return
-            self._begin(wish)
+            self._decree = self.make_decree(wish)
         self._asked.append((change_id, deadline, tag))
-
-    def _begin(self, wish: Config) -> None:
-        self._decree = Decree(
-            self.view.config, wish, self.me, self.boot, self.acceptor, self._rounds, self._rng
-        )
 
     def _conclude(self, now: float) -> None:
         decree = self._decree
@@ -439,13 +454,7 @@ class Replica:
             self._again.append(tag.key)
 
     def _move_base(self, now: float) -> None:
-        settled = {n: s for n, (_, s) in self.statements.items()}
-        if (
-            self.view.epoch == 0
-            or self.view.is_settled()
-            or self._decree is not None
-            or unsettled(self.view, settled)
-        ):
+        if self.view.epoch == 0 or self.view.is_settled() or self._decree is not None or self.unsettled():
             self._base_at = None
             return
         if self._base_at is None:
@@ -455,10 +464,11 @@ class Replica:
         if now >= self._base_at:
             self._base_at = None
             try:
-                self._begin(successor(self.view, MoveBase(self.view.epoch), self._rng.randbytes(16)))
+                self._decree = self.make_decree(
+                    self.successor(MoveBase(self.view.epoch), self._rng.randbytes(16))
+                )
             except ChangeRefused:
                 return
             self._asked.append((b"", now + 5.0, None))
-            assert self._decree is not None
             self._decree.tick(now)
             self._conclude(now)
