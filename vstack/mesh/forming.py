@@ -20,7 +20,7 @@ from random import Random
 
 import msgspec
 
-from vstack.mesh.config import Config, Member, NodeId, pack_config, unpack_config
+from vstack.mesh.config import Config, Grant, Member, NodeId, pack_config, unpack_config
 from vstack.mesh.messages import (
     ZERO,
     Accept,
@@ -63,6 +63,8 @@ class Forming:
     addresses: tuple[str, ...]
     acceptor: Acceptor
     rng: Random
+    grants: tuple[Grant, ...] = ()
+    """The clients that the first configuration knows."""
     outbox: list[tuple[NodeId, Request]] = field(default_factory=list)
     decided: Config | None = None
     _met: dict[str, Hello] = field(default_factory=dict)
@@ -135,10 +137,10 @@ class Forming:
 
     def _first_config(self) -> Value:
         members = tuple(
-            Member(h.node, address, h.zone, h.weight)
+            Member(h.node, address, h.zone, h.weight, h.key)
             for h, address in sorted(((self._met[a], a) for a in self.addresses), key=lambda t: t[0].node)
         )
-        return Value(1, pack_config(Config(1, members, base=1)))
+        return Value(1, pack_config(Config(1, members, base=1, grants=self.grants)))
 
     def _send(self, nodes: Sequence[NodeId], m: Request) -> None:
         self.outbox.extend((n, m) for n in nodes if n != self.me)

@@ -32,20 +32,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from itertools import chain, islice
 from math import ceil, log, log2, log10
 from random import Random
-from typing import Annotated
 
 import msgspec
-from msgspec import Meta
 
 from vstack.mesh.config import NodeId
-from vstack.mesh.messages import U32, U64
+from vstack.mesh.messages import MAX_UPDATES, Ping, PingRequest, Pong, State, Statement
 
-MAX_UPDATES = 40
-"""Statements in one message: with 30 bytes each, it usually fits one Ethernet frame."""
 STATEMENT_BYTES = 61
 """The most that one statement takes on the wire."""
 REFRESH = 2
@@ -55,62 +50,6 @@ MAX_HEALTH = 8
 MAX_RELAYS = 256
 """Pings under way on behalf of others."""
 MAX_INCARNATION = (1 << 63) - 1
-
-Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
-"""A NodeId as it travels: its 16 bytes."""
-
-
-class State(IntEnum):
-    """How a member does. Of two statements of one incarnation, the one of higher rank holds."""
-
-    UP = 0
-    SLOW = 1
-    SUSPECT = 2
-    DOWN = 3
-
-
-class Statement(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What is said of one member. Boot 0 means that nothing was heard of it yet."""
-
-    node: Id
-    boot: U64 = 0
-    incarnation: U64 = 0
-    """Raised by the member itself, and by nobody else."""
-    state: State = State.UP
-    epoch: U64 = 0
-    """The newest configuration that it has durably adopted."""
-    settled: U64 = 0
-    """The newest epoch in which it has listed and settled every register that it holds."""
-    by: U32 = 0
-    """Of a suspicion on its way: the start of the NodeId of one who has it at first hand."""
-
-
-Updates = Annotated[tuple[Statement, ...], Meta(max_length=MAX_UPDATES)]
-
-
-class Ping(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """Answered by `Pong`, at once."""
-
-    sequence: U32
-    updates: Updates
-    lacking: bool = False
-    """The sender has heard nothing yet of some members: the answer may be filled up."""
-
-
-class Pong(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    sequence: U32
-    updates: Updates
-    reached: bool = True
-    """False in answer to a `PingRequest` whose target did not answer: the helper is there at least."""
-
-
-class PingRequest(msgspec.Struct, frozen=True, array_like=True, tag=27):
-    """Asks to ping `target`. Answered by `Pong` with this sequence, whatever comes of it."""
-
-    sequence: U32
-    target: Id
-    updates: Updates
-
 
 Message = Ping | Pong | PingRequest
 
@@ -305,6 +244,11 @@ class Gossip:
     def statement(self, node: NodeId) -> Statement:
         """Raises KeyError if it is no member."""
         return self._own if node == self.me else self._peers[bytes.fromhex(node)].statement
+
+    def rtt(self, node: NodeId) -> float | None:
+        """Smoothed round trip to another member in seconds; None if none was measured."""
+        peer = self._peer(node)
+        return None if peer is None else peer.rtt
 
     def next_wake(self) -> float:
         """When `tick` has something to do next."""

@@ -13,6 +13,7 @@ Decoding is strict: unknown tags, wrong types, and values over their bound raise
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -38,6 +39,8 @@ MAX_ZONE = 64
 MAX_WEIGHT = 1 << 20
 MAX_SUBMIT = 512
 """Operations in one request."""
+MAX_UPDATES = 40
+"""Statements in one message of gossip: with 30 bytes each, it usually fits one Ethernet frame."""
 MAX_SCAN = 1000
 """Registers in one page of a range."""
 
@@ -256,12 +259,49 @@ FAILURES = (
 )  # fmt: skip
 
 
+class State(IntEnum):
+    """How a member does. Of two statements of one incarnation, the one of higher rank holds."""
+
+    UP = 0
+    SLOW = 1
+    SUSPECT = 2
+    DOWN = 3
+
+
+class Statement(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is said of one member, in gossip. Boot 0 means that nothing was heard of it yet."""
+
+    node: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    """The 16 bytes of the NodeId."""
+    boot: U64 = 0
+    incarnation: U64 = 0
+    """Raised by the member itself, and by nobody else."""
+    state: State = State.UP
+    epoch: U64 = 0
+    """The newest configuration that it has durably adopted."""
+    settled: U64 = 0
+    """The newest epoch in which it has listed and settled every register that it holds."""
+    by: U32 = 0
+    """Of a suspicion on its way: the start of the NodeId of one who has it at first hand."""
+
+
+Updates = Annotated[tuple[Statement, ...], Meta(max_length=MAX_UPDATES)]
+
+
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    epoch: U64
+    """Answered by `Pong`, at once."""
+
+    sequence: U32
+    updates: Updates
+    lacking: bool = False
+    """The sender has heard nothing yet of some members: the answer may be filled up."""
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    epoch: U64
+    sequence: U32
+    updates: Updates
+    reached: bool = True
+    """False in answer to a `PingRequest` whose target did not answer: the helper is there at least."""
 
 
 class GetConfig(msgspec.Struct, frozen=True, array_like=True, tag=7):
@@ -402,6 +442,13 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag=20):
     store: dict[str, float]
     disk_free: int
     disk_total: int
+    base: int = 0
+    settled: int = 0
+    """The newest epoch at which all registers that this node holds are settled."""
+    leaving: tuple[str, ...] = ()
+    """Nodes that are not in the mesh any more, and whose votes have not all moved: they must stay up."""
+    waiting: dict[int, tuple[str, ...]] = {}
+    """Why they have not: by open epoch, the nodes that still have to settle what they hold."""
 
 
 class ChangeMesh(msgspec.Struct, frozen=True, array_like=True, tag=21):
@@ -430,6 +477,14 @@ class ForceConfig(msgspec.Struct, frozen=True, array_like=True, tag=24):
     """The operator's way out: adopt a configuration that no majority can decide any more."""
 
     config: Config
+
+
+class PingRequest(msgspec.Struct, frozen=True, array_like=True, tag=27):
+    """Asks to ping `target`. Answered by `Pong` with this sequence, whatever comes of it."""
+
+    sequence: U32
+    target: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    updates: Updates
 
 
 class Viewed(msgspec.Struct, frozen=True, array_like=True, tag=25):
@@ -470,6 +525,7 @@ Body = (
     | ForceConfig
     | Viewed
     | Noted
+    | PingRequest
 )
 
 

@@ -17,87 +17,84 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from hashlib import blake2b
 from random import Random
 from time import monotonic
 
+import msgspec
+
 from vstack import __version__
 from vstack.errors import VstackError
-from vstack.mesh.config import GENESIS, Config, NodeId, View, mesh_id
-from vstack.mesh.forming import FORMING_KEY, Forming, list_digest
+from vstack.mesh.changes import (
+    AddMember,
+    ChangeRefused,
+    MoveBase,
+    RemoveMember,
+    ReplaceMember,
+    forced,
+    leaving,
+    unsettled,
+)
+from vstack.mesh.config import CONFIG_KEY, Config, Member, NodeId, pack_config
+from vstack.mesh.forming import FORMING_KEY
 from vstack.mesh.messages import (
     ENVELOPE_BYTES,
     ENVELOPE_ITEMS,
-    PROTOCOL_VERSION,
     Accept,
     AnyItem,
     Body,
     Chain,
+    ChangeMesh,
     Envelope,
     Failure,
+    ForceConfig,
     GetConfig,
     GetPiece,
     GetStatus,
     Hello,
+    Join,
     List,
+    MeshChanged,
     Outcome,
     Outcomes,
     PeerStatus,
     Ping,
+    PingRequest,
     Pong,
-    Prepare,
     Promise,
     PutPiece,
-    Read,
     ReadReply,
+    Reply,
     Scan,
     ScanReply,
+    State,
     Status,
     Submit,
 )
-from vstack.mesh.paxos.acceptor import Acceptor
-from vstack.mesh.paxos.proposer import Proposer
-from vstack.mesh.transport import Answer, Incoming, Link, Transport
+from vstack.mesh.paxos.replica import Replica
+from vstack.mesh.transport import Answer, Incoming, Link, Session, Transport
+from vstack.node.entrance import Entrance
 from vstack.node.journal import Journal
 from vstack.node.listing import Gather, Listings
+from vstack.node.peers import Peers
+from vstack.node.settings import NodeSettings as NodeSettings
+from vstack.node.settings import NotOurMesh as NotOurMesh
+from vstack.node.settings import Removed as Removed
 from vstack.node.store import ChunkStore
 from vstack.node.votes import VoteStore
 from vstack.node.workers import PieceWorkers
 
 log = logging.getLogger(__name__)
 
-PING_EVERY = 0.5
-PING_EVERY_FORMING = 0.1
-SUSPECT_AFTER = 1.5
-DOWN_AFTER = 4.0
-RECONNECT_AFTER = 5.0
+PATIENCE = 0.25
+"""Seconds that the reactor waits at most for something to happen."""
 INTRODUCTION = 1.0
 """Seconds that a node with a mesh waits for another member before it serves all the same."""
 MAX_LISTINGS = 4
 """Listings of one connection at once."""
 MAX_OPS_IN_FLIGHT = 20_000
-
-
-class NotOurMesh(VstackError):
-    """The data directory belongs to another mesh than the peers do."""
-
-    exit_code = 4
-
-
-@dataclass(frozen=True)
-class NodeSettings:
-    """How a node was started."""
-
-    listen: str
-    """host:port to bind."""
-    advertise: str
-    """host:port that others dial."""
-    data: Path
-    peers: tuple[str, ...] = ()
-    zone: str = ""
-    weight: int = 1
-    vote_journal: Path | None = None
-    """Where to append every vote accepted, for audits."""
+CHAIN_BYTES = 512 * 1024
+"""Bytes of configurations in one answer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -120,34 +117,38 @@ class Node:
         self.settings = settings
         self._on_ready = on_ready
         self._stopping = False
-        self._announced = False
         self._rng = Random()
+        self._started = monotonic()
         self.votes = VoteStore(settings.data / "votes")
         self.me = self.votes.node
         chain = self.votes.chain()
-        self.mesh = mesh_id(chain[0]) if chain else ""
-        self.view = View(chain[-1:] or (GENESIS,))
-        self.acceptor = Acceptor(self.me, self.view, self.votes.lookup)
+        self.replica = Replica(self.me, self.votes.boot, chain, self.votes, self._rng)
+        self.view = self.replica.view
+        self.acceptor = self.replica.acceptor
+        self.proposer = self.replica.proposer
         self._journal = Journal(settings.vote_journal, self.me) if settings.vote_journal else None
         self.acceptor.journal = [] if self._journal else None
-        self.proposer = Proposer(self.me, self.votes.boot, self.view, self.acceptor, self._rng)
-        self._peers = settings.peers or (settings.advertise,)
-        self._forming = None if chain else self._new_forming()
-        self.transport = Transport(self._greet, self._hello)
+        seeds = (settings.peers or (settings.advertise,)) if not settings.found else (settings.advertise,)
+        self.peers = Peers(settings, self.votes, self.view, seeds, self._rng, self._started)
+        self.proposer.is_live = self.peers.is_live
+        member = Member(self.me, settings.advertise, settings.zone, settings.weight)
+        self._entrance = None if chain else Entrance(member, self.votes.boot, seeds, self.acceptor, self._rng)
+        self._myself = member
+        self.transport = self.peers.transport = Transport(self.peers.greet, self.peers.hello)
         self.transport.listen(settings.listen)
         self.store = ChunkStore(settings.data / "store", node=self.me)
         self._workers = PieceWorkers(self.store, self.transport.wakeup, monotonic)
-        self._started = monotonic()
-        self._links: dict[NodeId, Link] = {}
         self._replies: list[tuple[Incoming, Body, bytes | memoryview]] = []
-        self._envelopes: list[tuple[Incoming, list[AnyItem]]] = []
         self._scans: list[Incoming] = []
         self._listings = Listings(self.me, self.view, self.proposer, self._scan)
         self._said_waiting = ""
+        self._update_at = 0.0
         self._counters: Counter[str] = Counter()
 
-    def _new_forming(self) -> Forming:
-        return Forming(self.me, self.votes.boot, tuple(sorted(set(self._peers))), self.acceptor, self._rng)
+    @property
+    def mesh(self) -> str:
+        """Mesh id; empty before there is one."""
+        return self.peers.mesh
 
     # -- the reactor ------------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class Node:
         self.transport.wakeup.set()
 
     def run(self) -> None:
-        """Serves until `stop`. Raises VoteCommitFailed, NotOurMesh."""
+        """Serves until `stop`. Raises VoteCommitFailed, NotOurMesh, Removed."""
         try:
             while not self._stopping:
                 self._turn()
@@ -175,18 +176,19 @@ class Node:
         for answer in answers:
             self._on_answer(answer, now)
         self._replies += self._workers.take_done()
-        self._keep_links(now)
-        self._form(now)
+        self.peers.keep_links(now)
+        self._enter(now)
         self._listings.tick(now)
-        self.proposer.tick(now)
-        self._collect_outcomes()
+        self.replica.tick(now)
+        self._collect_outcomes(now)
+        self._gossip(now)
         self._commit()
         self._flush()
 
     def _patience(self, now: float) -> float:
-        wake = self.proposer.next_wake()
-        ping = PING_EVERY_FORMING if self._forming else PING_EVERY / 2
-        return ping if wake is None else max(0.0, min(ping, wake - now))
+        wake = self.replica.next_wake()
+        times = [self.peers.gossip.next_wake(), *([] if wake is None else [wake])]
+        return max(0.0, min(PATIENCE, min(times) - now))
 
     def _commit(self) -> None:
         if self.acceptor.dirty:
@@ -203,201 +205,203 @@ class Node:
             self._answer_scan(scan)
         self._replies += [(request, listing, b"") for request, listing in self._listings.done]
         self._listings.done = []
-        for request, answers in self._envelopes:
-            *more, last = envelopes(answers)
-            for envelope in more:
-                self.transport.push(request.session, envelope)
-            self._replies.append((request, last, b""))
+        by_session: dict[Session, list[AnyItem]] = {}
+        for to, reply in self.replica.replies:
+            assert isinstance(to, Session)
+            by_session.setdefault(to, []).append(reply)
+        self.replica.replies = []
+        for session, items in by_session.items():
+            for envelope in envelopes(items):
+                self.transport.push(session, envelope)
         for request, body, payload in self._replies:
             self.transport.reply(request, body, payload)
-        self._scans, self._envelopes, self._replies = [], [], []
+        self._scans, self._replies = [], []
         for node, scan_message, correlation, budget in self._listings.to_send:
-            if (link := self._links.get(node)) is not None:
+            if (link := self.peers.links.get(node)) is not None:
                 self.transport.send(link, scan_message, correlation, budget)
         self._listings.to_send = []
-        outbox, self.proposer.outbox = self.proposer.outbox, []
-        if self._forming:
-            outbox += self._forming.outbox
-            self._forming.outbox = []
+        outbox = self.replica.outbox
+        if self._entrance is not None:
+            outbox += self._entrance.forming.outbox
+            self._entrance.forming.outbox = []
         by_node: dict[NodeId, list[AnyItem]] = {}
         for node, item in outbox:
             by_node.setdefault(node, []).append(item)
         for node, items in by_node.items():
-            if (link := self._links.get(node)) is None:
+            if (link := self.peers.links.get(node)) is None:
                 self._counters["unreachable"] += len(items)
                 continue
             for envelope in envelopes(items):
                 self.transport.send(link, envelope)
 
-    # -- who is who -------------------------------------------------------------------------------
+    # -- the mesh ---------------------------------------------------------------------------------
 
-    def _hello(self) -> Hello:
-        return Hello(
-            PROTOCOL_VERSION,
-            self.mesh,
-            "node",
-            self.me,
-            self.votes.boot,
-            self.view.epoch,
-            b"" if self.mesh else list_digest(self._peers),
-            self.settings.zone,
-            self.settings.weight,
-            self.votes.process,
-        )
-
-    def _greet(self, hello: Hello) -> Hello | Failure:
-        """Whether to talk to whoever says this hello."""
-        if hello.mesh and self.mesh and hello.mesh != self.mesh:
-            return Failure("wrong-mesh", f"this node is of mesh {self.mesh[:8]}, not {hello.mesh[:8]}")
-        if hello.role == "node":
-            if len(hello.node) != 32:
-                return Failure("refused", "a node says hello with its NodeId of 32 hex digits")
-            if not self._is_who_it_says(hello):
-                return Failure(
-                    "stale",
-                    f"another process with the identity of node {hello.node[:8]} was met, with boot "
-                    f"{hello.boot} or later: this data directory is an old copy, or is in use twice",
-                )
-        return self._hello()
-
-    def _is_who_it_says(self, hello: Hello) -> bool:
-        """False for a node that comes from a copy of its data directory. Remembers nobody who has no vote."""
-        if hello.node == self.me:
-            return hello.process == self.votes.process
-        founder = self._forming is not None and hello.peers == list_digest(self._peers)
-        if not founder and self.view.config.member(hello.node) is None:
-            return True
-        return self.votes.meet(hello.node, hello.boot, hello.process)
-
-    def _keep_links(self, now: float) -> None:
-        """A connection to every member (or listed peer), a ping now and then, a new one if it is deaf."""
-        every = PING_EVERY_FORMING if self._forming else PING_EVERY
-        addresses = set(self._peers)
-        if not self._forming:
-            strangers = set() if self._announced else addresses - {self.settings.advertise}
-            addresses = {m.address for m in self.view.config.members if m.node != self.me} | strangers
-        for address in sorted(addresses):
-            link = self.transport.connect(address, now)
-            if now - link.pinged < every:
-                continue
-            if now - max(link.heard, link.opened) > RECONNECT_AFTER:
-                if link.hello:
-                    self._links.pop(link.hello.node, None)
-                link = self.transport.reconnect(address, now)
-            link.pinged = now
-            self.transport.send(link, Ping(self.view.epoch))
-
-    def peer_state(self, node: NodeId, now: float) -> str:
-        """up, suspect or down."""
-        if node == self.me:
-            return "up"
-        link = self._links.get(node)
-        silent = now - link.heard if link else now - self._started + SUSPECT_AFTER
-        return "up" if silent < SUSPECT_AFTER else "suspect" if silent < DOWN_AFTER else "down"
-
-    # -- forming ----------------------------------------------------------------------------------
-
-    def _form(self, now: float) -> None:
-        if self._forming is None:
-            if not self._announced and (self._met_somebody() or now - self._started > INTRODUCTION):
-                self._announced = True
-                self._drop_strangers()
+    def _enter(self, now: float) -> None:
+        """Founds or joins a mesh, if there is none yet; says once that this node serves."""
+        if self._entrance is None:
+            if not self.peers.introduced and (self._met_somebody() or now - self._started > INTRODUCTION):
+                self.peers.introduced = True
                 self._on_ready(self)
             return
-        self._forming.tick(now)
-        if self._forming.decided is not None:
-            self._adopt(self._forming.decided)
+        for link, m in self._entrance.tick(now):
+            self.transport.send(link, m)
+        if self._entrance.decided is not None:
+            self.replica.adopt([self._entrance.decided], now)
+            self._on_epoch()
             return
-        waiting = "; ".join(self._forming.waiting_for())
+        waiting = self._entrance.waiting_for()
         if waiting and waiting != self._said_waiting and now - self._started > 1.0:
             self._said_waiting = waiting
-            log.warning("waiting to form a mesh: %s", waiting)
+            log.warning("waiting for a mesh: %s", waiting)
 
     def _met_somebody(self) -> bool:
         """Whether a member has said hello: then this data directory is of the mesh that is out there."""
-        return len(self.view.config.members) == 1 or bool(self._links)
+        return len(self.view.config.members) == 1 or bool(self.peers.links)
 
-    def _adopt(self, config: Config) -> None:
-        """A decided configuration: durable here before anything else is said under it."""
-        if config.member(self.me) is None:
-            raise NotOurMesh(
-                f"the mesh of {', '.join(self._peers)} exists already and does not list this node "
-                f"({self.me[:8]}). Start with the data directory of a member, or with other peers"
-            )
-        self._commit()
-        self.votes.save_config(config)
-        self.view.adopt(config)
-        self.mesh = self.votes.mesh
-        self._forming = None
-        self._drop_strangers()
-        log.info("mesh %s: epoch %d, %d members", self.mesh[:8], config.epoch, len(config.members))
+    def _gossip(self, now: float) -> None:
+        """Exchanges who is alive, and which epochs are adopted and settled."""
+        gossip = self.peers.gossip
+        if gossip.next_wake() <= now:
+            gossip.tick(now)
+        if self._entrance is None:
+            self.peers.say(self.view.epoch, self.replica.settled)
+            newest, node = gossip.newest
+            if newest > self.view.epoch:
+                self.replica.hear(node, newest, 0)
+            if not self.view.is_settled():
+                for other in sorted(self.view.participants - {self.me}):
+                    said = gossip.statement(other)
+                    self.replica.hear(other, said.epoch, said.settled)
+            self._keep_up_to_date(now)
+        for node in self.replica.fetch:
+            link = self.peers.links.get(node) or next(iter(self.peers.links.values()), None)
+            if link is not None:
+                self.transport.send(link, GetConfig(self.view.epoch), bytes(7) + b"\1")
+        self.replica.fetch = []
+        self.peers.flush_gossip(now)
 
-    def _drop_strangers(self) -> None:
-        """Closes connections to addresses that are not another member's."""
-        listed = {m.address for m in self.view.config.members if m.node != self.me}
-        for link in self.transport.links:
-            if link.address not in listed:
-                self.transport.disconnect(link.address)
+    def _on_epoch(self) -> None:
+        """A configuration was adopted."""
+        config = self.view.config
+        self._entrance = None
+        self.peers.on_configuration()
+        log.info(
+            "mesh %s: epoch %d, base %d, %d members",
+            self.mesh[:8], config.epoch, config.base, len(config.members),
+        )  # fmt: skip
+
+    def _keep_up_to_date(self, now: float) -> None:
+        """The configuration says where this node is and what it can hold: if that has changed, so must it."""
+        listed = self.view.config.member(self.me)
+        if listed is None:
+            if self.replica.may_leave:
+                why = f"this node was removed from the mesh, by epoch {self.view.epoch}"
+                self.votes.retire(why)
+                raise Removed(f"{why}, and may be switched off. `--rejoin` makes it a new member")
+            return
+        mine = msgspec.structs.replace(self._myself, draining=listed.draining)
+        if listed != mine and now >= self._update_at:
+            self._update_at = now + 5.0
+            self._let_in(mine, now, None)
+
+    def _let_in(self, member: Member, now: float, tag: Incoming | None) -> None:
+        """Adds a node, in the place of a dead one if there is one at its address."""
+        config = self.view.config
+        if config.member(member.node) == member:
+            self._answer_change(tag, MeshChanged(config.epoch))
+            return
+        change: AddMember | ReplaceMember = AddMember(member)
+        for old in config.members:
+            if old.address == member.address and old.node != member.node:
+                change = ReplaceMember(old.node, member)
+                if self.peers.state(old.node) is not State.DOWN:
+                    text = f"waiting until node {old.node[:8]}, which was at {old.address}, counts as down"
+                    self._answer_change(tag, Failure("busy", text))
+                    return
+        change_id = blake2b(msgspec.msgpack.encode(member), digest_size=16).digest()
+        self.replica.propose(change, change_id, config.epoch, now, now + 5.0, tag)
+
+    def _answer_change(self, tag: object, answer: MeshChanged | Failure) -> None:
+        if isinstance(tag, Incoming):
+            self._reply(tag, answer)
 
     # -- requests ---------------------------------------------------------------------------------
 
     def _on_request(self, request: Incoming, now: float) -> None:
         body = request.body
         if isinstance(body, Envelope):
-            self._on_envelope(request, body)
-        elif isinstance(body, Ping):
-            self._reply(request, Pong(self.view.epoch))
+            self._on_envelope(request, body, now)
+        elif isinstance(body, Ping | Pong | PingRequest):
+            self._on_gossip(request, body, now)
         elif isinstance(body, GetConfig):
-            configs = tuple(c for c in self.votes.chain() if c.epoch > body.after)
-            self._reply(request, Chain(self.mesh, configs))
+            self._reply(request, self._chain_after(body.after))
         elif isinstance(body, GetStatus):
             self._reply(request, self.status(now))
-        elif self._forming is not None:
-            waiting = "; ".join(self._forming.waiting_for()) or "deciding"
-            self._reply(request, Failure("forming", f"the mesh is not formed yet: {waiting}"[:1000]))
+        elif self._entrance is not None:
+            waiting = self._entrance.waiting_for()
+            self._reply(request, Failure("forming", f"this node has no mesh yet: {waiting}"[:1000]))
         elif isinstance(body, PutPiece | GetPiece):
             self._workers.submit(request)
         elif isinstance(body, Submit):
             self._on_submit(request, body, now)
         elif isinstance(body, Scan):
-            if self._is_member(request):
+            if self.peers.is_participant(request):
                 self._scans.append(request)
             else:
                 self._reply(request, Failure("refused", "only members of the mesh are shown raw votes"))
         elif isinstance(body, List):
-            if self._listings.of(request.session) >= MAX_LISTINGS:
-                self._reply(request, Failure("busy", "this connection has listings under way already"))
-                return
-            members = self.view.config.nodes
-            down = {n for n in members if n not in self._links or self.peer_state(n, now) == "down"}
-            self._listings.start(request, body, down - {self.me}, now)
+            self._on_list(request, body, now)
+        elif isinstance(body, Join):
+            self._on_join(request, body.member, now)
+        elif isinstance(body, ChangeMesh):
+            self._on_change(request, body, now)
+        elif isinstance(body, ForceConfig):
+            self._on_force(request, body, now)
         else:
             self.transport.counters["malformed"] += 1
             self._reply(request, Failure("refused", f"{type(body).__name__} is not a request"))
 
-    def _is_member(self, request: Incoming) -> bool:
+    def _on_envelope(self, request: Incoming, envelope: Envelope, now: float) -> None:
+        """Votes. Those of a node that is no member count for nothing, unless it is ahead of us."""
         hello = request.session.hello
-        return hello.role == "node" and self.view.config.member(hello.node) is not None
-
-    def _on_envelope(self, request: Incoming, envelope: Envelope) -> None:
-        founder = self._forming is not None and request.session.hello.role == "node"
-        if not founder and not self._is_member(request):
+        if hello.role != "node" or not (
+            self._entrance is not None
+            or hello.node in self.view.participants
+            or hello.epoch > self.view.epoch
+        ):
             self._reply(request, Failure("refused", "only members of the mesh take part in its votes"))
             return
-        answers: list[AnyItem] = []
+        self.transport.forget(request)
+        self.peers.gossip.heard(hello.node, now)
         for item in envelope.items:
-            if (item.key == FORMING_KEY) != (self._forming is not None):
+            if (item.key == FORMING_KEY) != (self._entrance is not None):
                 continue  # a node of a mesh has no vote on founding one: whoever asks takes its chain
-            if isinstance(item, Prepare | Accept | Read):
-                reply = self.acceptor.receive(item)
-                if reply is not None:
-                    answers.append(reply)
-            else:
-                self.transport.counters["malformed"] += 1
-        if answers:
-            self._envelopes.append((request, answers))
+            self.replica.receive(request.session, hello.node, item, now)
+
+    def _on_gossip(self, request: Incoming, m: Ping | Pong | PingRequest, now: float) -> None:
+        hello = request.session.hello
+        answer = self.peers.on_gossip(hello.node, m, now) if hello.role == "node" else None
+        if answer is not None:
+            self._reply(request, answer)
         else:
             self.transport.forget(request)
+
+    def _chain_after(self, after: int) -> Chain:
+        """As much of the decided chain as fits one message."""
+        configs: list[Config] = []
+        size = 0
+        for config in self.votes.chain():
+            if config.epoch > after and (not configs or size < CHAIN_BYTES):
+                configs.append(config)
+                size += len(pack_config(config))
+        return Chain(self.mesh, tuple(configs))
+
+    def _on_list(self, request: Incoming, wanted: List, now: float) -> None:
+        if self._listings.of(request.session) >= MAX_LISTINGS:
+            self._reply(request, Failure("busy", "this connection has listings under way already"))
+            return
+        down = {n for n in self.view.participants if not self.peers.is_live(n)}
+        self._listings.start(request, wanted, down - {self.me}, now)
 
     def _on_submit(self, request: Incoming, submit: Submit, now: float) -> None:
         if self.proposer.in_flight + len(submit.ops) > MAX_OPS_IN_FLIGHT:
@@ -406,16 +410,20 @@ class Node:
         if not submit.ops:
             self._reply(request, Outcomes(()))
             return
-        if any(op.key.startswith("config/") for op in submit.ops):
-            self._reply(request, Failure("refused", "configurations are not changed this way"))
-            return
+        for op in submit.ops:
+            if op.key.startswith(CONFIG_KEY):
+                self._reply(request, Failure("refused", "configurations are not changed this way"))
+                return
+            if op.expect is not None and op.born < self.view.base:
+                text = f"epoch {op.born} is over: the mesh is in epoch {self.view.epoch}"
+                self._reply(request, Failure("epoch", text))
+                return
         batch = Batch(request, [None] * len(submit.ops), len(submit.ops))
         for i, op in enumerate(submit.ops):
             self.proposer.submit(op, now, request.deadline, (batch, i))
 
-    def _collect_outcomes(self) -> None:
-        done, self.proposer.done = self.proposer.done, []
-        for tag, outcome in done:
+    def _collect_outcomes(self, now: float) -> None:
+        for tag, outcome in self.replica.take_done():
             assert isinstance(tag, tuple)
             owner, which = tag
             if isinstance(owner, Batch):
@@ -425,6 +433,67 @@ class Node:
                     self._reply(owner.request, Outcomes(tuple(o for o in owner.outcomes if o is not None)))
             elif isinstance(owner, Gather):
                 self._listings.on_read(owner, which, outcome)
+        for to, answer in self.replica.changes:
+            self._answer_change(to, answer)
+        self.replica.changes = []
+        if self.replica.counters["epochs"] != self._counters["epochs_seen"]:
+            self._counters["epochs_seen"] = self.replica.counters["epochs"]
+            self._on_epoch()
+
+    # -- changes of the mesh ----------------------------------------------------------------------
+
+    def _on_join(self, request: Incoming, member: Member, now: float) -> None:
+        hello = request.session.hello
+        if hello.role != "node" or hello.node != member.node or member.draining:
+            self._reply(request, Failure("refused", "a node asks for itself"))
+        elif any(member.node in c.nodes for c in self.votes.chain()) and not self.view.config.member(
+            member.node
+        ):
+            text = "this NodeId was a member before: start with an empty data directory, or --rejoin"
+            self._reply(request, Failure("removed", text))
+        else:
+            self._let_in(member, now, request)
+
+    def _on_change(self, request: Incoming, m: ChangeMesh, now: float) -> None:
+        change = m.change
+        if isinstance(change, MoveBase):
+            self._reply(request, Failure("refused", "base moves by itself"))
+            return
+        if (
+            isinstance(change, ReplaceMember)
+            and self.view.config.member(change.old)
+            and self.peers.state(change.old) is not State.DOWN
+        ):
+            text = f"node {change.old[:8]} still answers: remove it instead of replacing it"
+            self._reply(request, Failure("refused", text))
+            return
+        if isinstance(change, RemoveMember) and len(self.view.config.members) == 1:
+            self._reply(request, Failure("refused", "the last node of a mesh cannot be removed"))
+            return
+        self.replica.propose(change, m.id, m.replaces, now, request.deadline, request)
+
+    def _on_force(self, request: Incoming, m: ForceConfig, now: float) -> None:
+        """No majority is left: what the operator says is lost is waited for no more."""
+        config = m.config
+        if config == self.view.config:
+            self._reply(request, MeshChanged(config.epoch))
+            return
+        try:
+            if config != forced(self.view, config.lost, config.change):
+                raise ChangeRefused(
+                    f"that configuration does not follow epoch {self.view.epoch}, which this node is in"
+                )
+        except ChangeRefused as e:
+            self._reply(request, Failure("refused", str(e)))
+            return
+        alive = [n for n in config.lost if self.peers.state(n) is not State.DOWN]
+        if alive or config.member(self.me) is None:
+            who = ", ".join(n[:8] for n in alive) or "this node itself"
+            self._reply(request, Failure("refused", f"{who}: not lost, or not known to be down yet"))
+            return
+        log.warning("recovering: %s are given up by the operator", ", ".join(n[:8] for n in config.lost))
+        self.replica.adopt([config], now)
+        self._reply(request, MeshChanged(config.epoch))
 
     def _reply(self, request: Incoming, body: Body) -> None:
         self._replies.append((request, body, b""))
@@ -450,52 +519,30 @@ class Node:
 
     def _on_answer(self, answer: Answer, now: float) -> None:
         link, body = answer.link, answer.header.body
+        node = link.hello.node if link.hello is not None else ""
         if isinstance(body, Hello):
-            self._on_peer_hello(link, body)
+            if self.peers.on_hello(link, body) and self._entrance is not None:
+                self._entrance.on_hello(link, body)
         elif isinstance(body, Failure):
             self._on_failure(link, body)
         elif isinstance(body, Pong):
-            rtt = now - link.pinged
-            link.rtt = rtt if link.rtt is None else link.rtt + (rtt - link.rtt) / 8
-            if body.epoch > self.view.epoch:
-                self.transport.send(link, GetConfig(self.view.epoch), bytes(7) + b"\1")
+            if node:
+                self.peers.on_gossip(node, body, now)
         elif isinstance(body, Chain):
-            self._on_chain(body)
+            self._on_chain(node, body, now)
+        elif isinstance(body, MeshChanged):
+            if self._entrance is not None:
+                self._entrance.on_joined()
         elif isinstance(body, ScanReply):
-            if link.hello is not None:
-                self._listings.on_page(link.hello.node, answer.correlation, body, now)
-        elif isinstance(body, Envelope) and link.hello is not None:
-            self._on_replies(link.hello.node, body, now)
-
-    def _on_replies(self, node: NodeId, envelope: Envelope, now: float) -> None:
-        """An acceptor's replies. Those of a node that is no member count for nothing."""
-        for item in envelope.items:
-            if isinstance(item, Prepare | Accept | Read):
-                self.transport.counters["malformed"] += 1
-            elif self._forming is not None:
-                self._forming.receive(node, item)
-            elif self.view.config.member(node) is not None:
-                self.proposer.receive(node, item, now)
-
-    def _on_peer_hello(self, link: Link, hello: Hello) -> None:
-        if not self._is_who_it_says(hello):
-            log.error("node %s at %s came back with an old boot: ignored", hello.node[:8], link.address)
-            self._forget(link)
-            return
-        if link.hello is not None and link.hello.node != hello.node:
-            self._forget(link)
-        link.hello = hello
-        self._links[hello.node] = link
-        if self._forming is not None:
-            self._forming.met(link.address, hello)
-            if hello.mesh:
-                self.transport.send(link, GetConfig(0), bytes(7) + b"\1")
-
-    def _forget(self, link: Link) -> None:
-        """Whoever said hello on this connection is not there any more: what comes on it is not theirs."""
-        if link.hello is not None and self._links.get(link.hello.node) is link:
-            del self._links[link.hello.node]
-        link.hello = None
+            if node:
+                self._listings.on_page(node, answer.correlation, body, now)
+        elif isinstance(body, Envelope) and node:
+            self.peers.gossip.heard(node, now)
+            for item in body.items:
+                if self._entrance is None:
+                    self.replica.receive(None, node, item, now)
+                elif item.key == FORMING_KEY and isinstance(item, Reply):
+                    self._entrance.forming.receive(node, item)
 
     def _on_failure(self, link: Link, failure: Failure) -> None:
         if failure.code == "stale":
@@ -504,21 +551,20 @@ class Node:
                 f"{link.address} says: {failure.text}. These votes are retired: "
                 "start this machine with an empty data directory"
             )
-        if failure.code == "wrong-mesh" and not self._announced and not self._links:
+        if failure.code == "wrong-mesh" and not self.peers.introduced and not self.peers.links:
             raise NotOurMesh(
                 f"{self.settings.data} belongs to mesh {self.mesh[:8]}, "
                 f"but {link.address} says: {failure.text}"
             )
-        if failure.text != self._said_waiting:
+        if self._entrance is not None:
+            self._entrance.on_failure(failure)
+        elif failure.text != self._said_waiting:
             self._said_waiting = failure.text
             log.warning("%s answered: %s", link.address, failure.text)
 
-    def _on_chain(self, chain: Chain) -> None:
-        if self.mesh and chain.mesh != self.mesh:
-            return
-        for config in sorted(chain.configs, key=lambda c: c.epoch):
-            if config.epoch == self.view.epoch + 1:
-                self._adopt(config)
+    def _on_chain(self, node: NodeId, chain: Chain, now: float) -> None:
+        if not self.mesh or chain.mesh == self.mesh:
+            self.replica.on_chain(node, chain.configs, now)
 
     # -- status -----------------------------------------------------------------------------------
 
@@ -528,17 +574,12 @@ class Node:
             PeerStatus(
                 m.node,
                 m.address,
-                self.peer_state(m.node, now),
-                None
-                if (link := self._links.get(m.node)) is None or link.rtt is None
-                else round(link.rtt * 1000, 3),
+                self.peers.state(m.node).name.lower(),
+                None if (rtt := self.peers.gossip.rtt(m.node)) is None else round(rtt * 1000, 3),
             )
             for m in self.view.config.members
         )
-        counters = self.transport.counters + self._counters
-        counters.update({f"paxos.{k}": v for k, v in self.proposer.counters.items()})
-        counters["paxos.in_flight"] = self.proposer.in_flight
-        counters["paxos.damaged"] = self.acceptor.damaged
+        settled = {n: s for n, (_, s) in self.replica.statements.items()}
         return Status(
             self.me,
             self.mesh,
@@ -548,11 +589,27 @@ class Node:
             __version__,
             round(now - self._started, 3),
             peers,
-            dict(sorted(counters.items())),
+            self._all_counters(),
             self._store_figures(),
             disk.free,
             disk.total,
+            self.view.base,
+            self.replica.settled,
+            tuple(sorted(leaving(self.view))),
+            {epoch: tuple(nodes) for epoch, nodes in unsettled(self.view, settled).items()},
         )
+
+    def _all_counters(self) -> dict[str, int]:
+        counters = self.transport.counters + self._counters + self.peers.counters
+        for prefix, more in (
+            ("paxos", self.proposer.counters),
+            ("chain", self.replica.counters),
+            ("gossip", self.peers.gossip.counters),
+        ):
+            counters.update({f"{prefix}.{k}": v for k, v in more.items()})
+        counters["paxos.in_flight"] = self.proposer.in_flight
+        counters["paxos.damaged"] = self.acceptor.damaged
+        return dict(sorted(counters.items()))
 
     def _store_figures(self) -> dict[str, float]:
         figures = self._workers.figures._asdict()
