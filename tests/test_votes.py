@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 import pytest
-from rocksdict import DbClosedError
 
-from vstack.errors import DamagedData
 from vstack.mesh.config import Config, Member, mesh_id
 from vstack.mesh.messages import Ballot, Record, Value
-from vstack.node.rocklog import BLOCK, damaged_header
-from vstack.node.votes import SCAN_BYTES, VoteStore
+from vstack.node.votes import FLUSH_BYTES, SCAN_BYTES, VoteStore
 
 NODE = "a" * 32
 ROOT = Path(__file__).parents[1]
-HEADER = 7
-"""Bytes of the header of a record in RocksDB's logs: checksum, length, type."""
-COUNT = 40
 
 
 def key_of(number: int) -> str:
@@ -47,8 +39,7 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., VoteStore]]:
 
     yield open_
     for store in stores:
-        with suppress(DbClosedError):
-            store.close()
+        store.close()
 
 
 # -- identity, boots, the chain -------------------------------------------------------------------
@@ -100,13 +91,31 @@ def test_the_chain_comes_back_in_order_and_names_the_mesh(opened: Callable[..., 
     assert store.mesh == ""
     members = (Member(store.node, "127.0.0.1:7400", "z", 3),)
     configs = [Config(epoch, members, base=1) for epoch in range(1, 12)]
-    for config in reversed(configs):
-        store.save_config(config)
+    store.save_config(configs[0])
+    store.adopt(configs[5:0:-1])
+    store.adopt(configs)
+    assert store.chain() == tuple(configs)
     store.commit({key_of(1): record_of(1)})
     store.close()
     store = opened()
     assert store.chain() == tuple(configs)
     assert store.mesh == mesh_id(configs[0])
+
+
+def test_a_configuration_that_does_not_continue_the_chain_is_not_stored(
+    opened: Callable[..., VoteStore],
+) -> None:
+    store = opened()
+    first, other = Config(1, (Member(NODE, "a:1"),), 1), Config(1, (Member(NODE, "b:1"),), 1)
+    store.save_config(first)
+    store.commit({key_of(1): record_of(1)})
+    for wrong in (Config(3, (), 1), other, Config(0, (), 0)):
+        with pytest.raises(ValueError, match="does not continue"):
+            store.adopt([wrong], drop=["f" * 63 + "1"])
+    store.close()
+    store = opened()
+    assert store.chain() == (first,)
+    assert store.lookup(key_of(1)) == record_of(1)
 
 
 # -- records and listings -------------------------------------------------------------------------
@@ -169,6 +178,102 @@ def test_a_page_ends_at_its_bound_of_bytes_and_says_that_more_follows(
     assert [row.key for row in [*rows, *rest]] == [key_of(i) for i in range(200)]
 
 
+def registers_of(video: str, chunks: int) -> dict[str, Record]:
+    keys = [f"chunk/{video}/1.{upload}/{i:08d}" for upload in (5, 6) for i in range(chunks)]
+    keys += [f"video/{video}", f"views/{video}/7", f"views/{video}/8"]
+    return {key: record_of(number) for number, key in enumerate(keys)}
+
+
+def test_the_registers_of_a_dropped_video_are_forgotten_and_no_others(
+    opened: Callable[..., VoteStore],
+) -> None:
+    """Neighbours in order and ids that begin alike stay."""
+    store = opened()
+    gone, kept = ["5" * 64, "7" * 64, "12"], ["4" * 64, "5" * 63 + "6", "6" * 64, "1", "120", "12."]
+    for video in gone + kept:
+        store.commit(registers_of(video, 3))
+    store.commit({"config/1": record_of(1)})
+    config = Config(1, (Member(store.node, "a:1"),), 1)
+    store.adopt([config], drop=[*gone, "9" * 64])
+    for again in (store, None):
+        if again is None:
+            store.close()
+            again = opened()
+        held = sorted(key for video in kept for key in registers_of(video, 3))
+        assert again.keys("", 1000) == sorted([*held, "config/1"])
+        assert all(again.lookup(k) == r for video in kept for k, r in registers_of(video, 3).items())
+        assert all(again.lookup(k) is None for video in gone for k in registers_of(video, 3))
+        assert sorted(again.subjects()) == sorted(kept)
+        assert again.chain() == (config,)
+        store = again
+    store.commit(registers_of("12", 1))
+    assert store.lookup("video/12") == registers_of("12", 1)["video/12"], "it may come back"
+
+
+def test_only_whole_videos_are_dropped(opened: Callable[..., VoteStore]) -> None:
+    store = opened()
+    store.commit(registers_of("a", 1))
+    for wrong in ("", "a/1.5", "/"):
+        with pytest.raises(ValueError, match="not the id of a video"):
+            store.adopt([], drop=["a", wrong])
+    assert sorted(store.keys("", 10)) == sorted(registers_of("a", 1))
+
+
+def test_a_video_is_a_subject_once_whichever_of_its_registers_are_here(
+    opened: Callable[..., VoteStore],
+) -> None:
+    store = opened()
+    assert list(store.subjects()) == []
+    store.commit({"config/1": record_of(0)})
+    for video in ("a", "b", "ab"):
+        store.commit(registers_of(video, 40))
+    store.commit({"chunk/c/1.1/00000000": record_of(1), "views/d/1": record_of(2), "video/e": record_of(3)})
+    store.commit({"chunk/f/1.1/00000000": record_of(1), "views/f/1": record_of(2)})
+    assert sorted(store.subjects()) == ["a", "ab", "b", "c", "d", "e", "f"]
+
+
+def test_subjects_are_those_at_the_first_step(opened: Callable[..., VoteStore]) -> None:
+    store = opened()
+    for video in ("a", "b", "c"):
+        store.commit(registers_of(video, 2))
+    subjects = store.subjects()
+    first = next(subjects)
+    store.commit(registers_of("d", 2))
+    store.adopt([], drop=["b"])
+    assert sorted([first, *subjects]) == ["a", "b", "c"]
+
+
+def test_keys_are_walked_in_order_page_by_page(opened: Callable[..., VoteStore]) -> None:
+    store = opened()
+    store.save_config(Config(1, (Member(NODE, "a:1"),), 1))
+    assert store.keys("", 5) == []
+    records = {**registers_of("a", 10), **registers_of("b", 10), "config/1": record_of(0)}
+    store.commit(records)
+    for limit in (1, 7, len(records), 1000):
+        found: list[str] = []
+        while page := store.keys(found[-1] if found else "", limit):
+            assert len(page) <= limit
+            found += page
+        assert found == sorted(records)
+    assert store.keys("chunk/b", 1) == ["chunk/b/1.5/00000000"]
+
+
+def test_records_survive_that_no_log_holds_any_more(opened: Callable[..., VoteStore]) -> None:
+    store = opened()
+    size = 4000
+    count = 2 * FLUSH_BYTES // size + 100
+    for first in range(0, count, 100):
+        store.commit({key_of(i): record_of(i, size) for i in range(first, first + 100)})
+    log = max((store.folder / "rocks").glob("*.log"))
+    assert log.stat().st_size < FLUSH_BYTES
+    assert len(list((store.folder / "rocks").glob("*.sst"))) >= 2
+    for again in (store, None):
+        if again is None:
+            store.close()
+            again = opened()
+        assert all(again.lookup(key_of(i)) == record_of(i, size) for i in range(count))
+
+
 # -- processes that die or meet -------------------------------------------------------------------
 
 _CHILD = """
@@ -227,218 +332,10 @@ def test_a_second_process_cannot_open_the_store(opened: Callable[..., VoteStore]
     )
     assert second.returncode == 1
     assert second.stdout == ""
-    assert "DamagedData" in second.stderr
+    assert "VotesUnavailable" in second.stderr, "another time it may open"
     store.commit({key_of(2): record_of(2)})
     boot = store.boot
     store.close()
     store = opened()
     assert store.boot == boot + 1, "the refused process spent no boot"
     assert store.lookup(key_of(2)) == record_of(2)
-
-
-# -- damage (bug B18) -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a process that was killed after some commits: all of them are in the log."""
-    folder = tmp_path_factory.mktemp("killed") / "votes"
-    assert _run_child(folder, COUNT).acknowledged >= COUNT
-    return folder
-
-
-@pytest.fixture(scope="module")
-def settled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose records are in a sorted table, several blocks long."""
-    folder = tmp_path_factory.mktemp("settled") / "votes"
-    for last in (False, True):
-        store = VoteStore(folder)  # recovery writes the log of the start before into a table
-        if not last:
-            store.save_config(Config(1, (Member(store.node, "a:1"),), 1))
-            store.commit({key_of(i): record_of(i, 1000) for i in range(COUNT)})
-        store.close()
-    assert list(folder.glob("*.sst"))
-    return folder
-
-
-def _damaged(folder: Path, to: Path, name: str, change: Callable[[bytearray], object]) -> Path:
-    shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(folder, to)
-    raw = bytearray((to / name).read_bytes())
-    change(raw)
-    (to / name).write_bytes(raw)
-    return to
-
-
-def _flip(offset: int, bit: int) -> Callable[[bytearray], None]:
-    def flip(raw: bytearray) -> None:
-        raw[offset] ^= 1 << bit
-
-    return flip
-
-
-def _what_is_lost(folder: Path, size: int) -> set[str]:
-    """Opens and reads everything: a subset of "open", "lookup" and "scan", where it said DamagedData.
-    Fails if anything else than what was committed comes out."""
-    said: set[str] = set()
-    try:
-        store = VoteStore(folder)
-    except DamagedData:
-        return {"open"}
-    try:
-        for i in range(COUNT):
-            try:
-                assert store.lookup(key_of(i)) == record_of(i, size), f"record {i} is not what was committed"
-            except DamagedData:
-                said.add("lookup")
-        try:
-            rows, more = store.scan("video/", "", 1000)
-            keys = [row.key for row in rows]
-            assert keys[:COUNT] == [key_of(i) for i in range(COUNT)], "a listing skips records"
-            assert not more
-        except DamagedData:
-            said.add("scan")
-    finally:
-        store.close()
-    return said
-
-
-def _log_records(raw: bytes) -> list[tuple[int, int]]:
-    """Offset and payload length of each record of a log of less than one block."""
-    at, found = 0, []
-    while at + HEADER <= len(raw):
-        length = int.from_bytes(raw[at + 4 : at + 6], "little")
-        found.append((at, length))
-        at += HEADER + length
-    assert at == len(raw) < BLOCK
-    return found
-
-
-def test_a_flipped_bit_in_the_log_never_loses_a_record_in_silence(killed: Path, tmp_path: Path) -> None:
-    (log,) = killed.glob("*.log")
-    rng = Random(18)
-    for trial in range(30):
-        offset, bit = rng.randrange(log.stat().st_size), rng.randrange(8)
-        copy = _damaged(killed, tmp_path / "copy", log.name, _flip(offset, bit))
-        assert _what_is_lost(copy, 100), f"trial {trial}: bit {bit} of byte {offset}"
-
-
-def test_a_flipped_bit_in_the_length_of_a_log_record_is_not_taken_for_a_torn_tail(
-    killed: Path, tmp_path: Path
-) -> None:
-    """RocksDB drops such a record and all after it without a word."""
-    (log,) = killed.glob("*.log")
-    records = _log_records(log.read_bytes())
-    for number in (0, 1, len(records) // 2, len(records) - 2, len(records) - 1):
-        for bit in (0, 6, 7):
-            copy = _damaged(killed, tmp_path / "copy", log.name, _flip(records[number][0] + 5, bit))
-            assert _what_is_lost(copy, 100) == {"open"}, f"record {number}, bit {bit}"
-
-
-def test_a_flipped_bit_anywhere_in_a_log_header_is_noticed(killed: Path, tmp_path: Path) -> None:
-    (log,) = killed.glob("*.log")
-    at = _log_records(log.read_bytes())[20][0]
-    for offset in range(at, at + HEADER):
-        for bit in (2, 5):
-            copy = _damaged(killed, tmp_path / "copy", log.name, _flip(offset, bit))
-            assert _what_is_lost(copy, 100) == {"open"}, f"byte {offset - at}, bit {bit}"
-
-
-def test_a_torn_tail_opens_and_only_the_record_that_was_never_acknowledged_is_gone(
-    killed: Path, tmp_path: Path
-) -> None:
-    (log,) = killed.glob("*.log")
-    raw = log.read_bytes()
-    last, _ = _log_records(raw)[-1]
-    whole = _run_and_count(killed, tmp_path)
-    for size in (1, HEADER - 1, HEADER, HEADER + 1, (len(raw) - last) // 2, len(raw) - last - 1):
-        copy = _damaged(killed, tmp_path / "copy", log.name, _cut(last + size))
-        assert _run_and_count(copy, tmp_path) == whole - 1, f"torn after {size} bytes of the last record"
-
-
-def _cut(end: int) -> Callable[[bytearray], None]:
-    def cut(raw: bytearray) -> None:
-        del raw[end:]
-
-    return cut
-
-
-def _run_and_count(folder: Path, tmp_path: Path) -> int:
-    """How many records a copy of this store has; they must be the first so many."""
-    shutil.rmtree(tmp_path / "counted", ignore_errors=True)
-    store = VoteStore(shutil.copytree(folder, tmp_path / "counted"))
-    rows, more = store.scan("video/", "", 1000)
-    store.close()
-    assert not more
-    assert [row.key for row in rows] == [key_of(i) for i in range(len(rows))]
-    return len(rows)
-
-
-def test_a_record_torn_in_the_middle_of_noise_is_a_torn_tail_and_a_lengthened_one_is_not(
-    killed: Path,
-) -> None:
-    (log,) = killed.glob("*.log")
-    raw = log.read_bytes()
-    assert damaged_header(raw) is None
-    assert damaged_header(b"") is None
-    records = _log_records(raw)
-    for at, length in records:
-        longer = bytearray(raw)
-        longer[at + 4 : at + 6] = (length + 30_000).to_bytes(2, "little")
-        assert damaged_header(bytes(longer)) == at
-        assert damaged_header(bytes(longer[: at + HEADER + length])) == at
-        assert damaged_header(bytes(longer[: at + HEADER + length - 1])) is None
-
-
-def test_a_flipped_bit_in_a_table_is_damage_on_opening_or_reading_never_an_absent_record(
-    settled: Path, tmp_path: Path
-) -> None:
-    tables = sorted(settled.glob("*.sst"), key=lambda p: p.stat().st_size)
-    assert tables[-1].stat().st_size > 20_000, "the records are in here"
-    rng = Random(5)
-    said: set[str] = set()
-    for trial in range(30):
-        offset, bit = rng.randrange(tables[-1].stat().st_size), rng.randrange(8)
-        copy = _damaged(settled, tmp_path / "copy", tables[-1].name, _flip(offset, bit))
-        said |= _what_is_lost(copy, 1000)
-        assert not trial or said, "some bit of thirty must matter"
-    assert said >= {"lookup", "scan"}
-
-
-def test_a_damaged_manifest_never_loses_a_table_in_silence(settled: Path, tmp_path: Path) -> None:
-    (manifest,) = settled.glob("MANIFEST-*")
-    for number, (at, _) in enumerate(_log_records(manifest.read_bytes())):
-        for offset, bit in ((5, 7), (5, 0), (0, 3), (HEADER + 1, 2)):
-            if at + offset < manifest.stat().st_size:
-                copy = _damaged(settled, tmp_path / "copy", manifest.name, _flip(at + offset, bit))
-                assert _what_is_lost(copy, 1000) == {"open"}, f"record {number}, byte {offset}, bit {bit}"
-
-
-def test_a_row_that_does_not_fit_its_checksum_is_damage_for_lookup_and_listing(
-    opened: Callable[..., VoteStore],
-) -> None:
-    """What RocksDB itself would hand out without a complaint."""
-    store = opened()
-    store.commit({key_of(i): record_of(i) for i in range(3)})
-    raw = store._db.get(b"r/" + key_of(1).encode())
-    assert isinstance(raw, bytes)
-    for wrong in (raw[:-1] + bytes([raw[-1] ^ 1]), raw[:3], b"", raw[:4]):
-        store._db.put(b"r/" + key_of(1).encode(), wrong)
-        with pytest.raises(DamagedData, match=key_of(1)):
-            store.lookup(key_of(1))
-        with pytest.raises(DamagedData):
-            store.scan("video/", "", 10)
-    store._db.put(b"r/" + key_of(1).encode(), store._db.get(b"r/" + key_of(2).encode()) or b"")
-    with pytest.raises(DamagedData):  # a whole record under another key
-        store.lookup(key_of(1))
-    assert store.lookup(key_of(2)) == record_of(2)
-    assert len(store.scan("video/", key_of(1), 10)[0]) == 1
-
-
-def test_votes_without_an_identity_are_not_given_a_new_one(opened: Callable[..., VoteStore]) -> None:
-    store = opened()
-    store.commit({key_of(1): record_of(1)})
-    store._db.delete(b"m/identity")
-    store.close()
-    with pytest.raises(DamagedData, match="must not vote"):
-        opened()
