@@ -579,7 +579,7 @@ class Node:
             )
             for m in self.view.config.members
         )
-        settled = {n: s for n, (_, s) in self.replica.statements.items()}
+        waiting = {} if self.view.is_settled() else unsettled(self.view, self.replica.settled_by)
         return Status(
             self.me,
             self.mesh,
@@ -596,7 +596,7 @@ class Node:
             self.view.base,
             self.replica.settled,
             tuple(sorted(leaving(self.view))),
-            {epoch: tuple(nodes) for epoch, nodes in unsettled(self.view, settled).items()},
+            {epoch: tuple(nodes) for epoch, nodes in waiting.items()},
         )
 
     def _all_counters(self) -> dict[str, int]:

@@ -160,9 +160,22 @@ class Proposer:
         self._local: list[tuple[Reply, float]] = []
         self._rtt = 0.005
 
-    def submit(self, op: Op, now: float, deadline: float, tag: Hashable, *, forwarded: bool = False) -> None:
-        """Takes one operation; its outcome appears in `done` under `tag` by `deadline` (both in seconds)."""
+    def submit(
+        self,
+        op: Op,
+        now: float,
+        deadline: float,
+        tag: Hashable,
+        *,
+        forwarded: bool = False,
+        full_way: bool = False,
+    ) -> None:
+        """Takes one operation; its outcome appears in `done` under `tag` by `deadline` (both in seconds).
+
+        `full_way`: a quick read would find nothing settled, so do not try one.
+        """
         state = self._keys.setdefault(op.key, KeyState())
+        state.full_way |= full_way
         state.queue.append(Waiting(op, tag, deadline, forwarded))
         self.in_flight += 1
         self._at(deadline, op.key, None)
@@ -361,8 +374,9 @@ class Proposer:
             for w in attempt.waiting:
                 self._finish(w, Found(m.value.version, m.value.data))
             self._end(state, attempt, now)
-        elif len(attempt.replies) == len(eras[0].group):
-            state.full_way = True  # a mixed quorum settles nothing: never the highest of it (bug B7)
+        elif len(same) >= eras[0].majority or len(attempt.replies) == len(eras[0].group):
+            # An older era's ballot, or a mixed quorum, settles nothing: never the highest of it (bug B7).
+            state.full_way = True
             self._retry(state, attempt, now)
 
     def _on_nack(self, state: KeyState, attempt: Attempt, sender: NodeId, m: Nack, now: float) -> None:

@@ -152,6 +152,8 @@ class Replica:
         self._settling: set[str] = set()
         self._again: list[str] = []
         """Keys whose read found no majority."""
+        self._news = True
+        """Something has happened since the last `tick` that settling or base may have waited for."""
 
     # Its parts, and the rule of succession. A subclass may make others.
 
@@ -251,14 +253,17 @@ class Replica:
             self._decree.tick(now)
             self._conclude(now)
             self._expire_changes(now)
+        self._news = False
         self._settle(now)
         self._move_base(now)
 
     def next_wake(self) -> float | None:
         """When `tick` has something to do next; None if nothing is planned."""
         times = [t for t in (self.proposer.next_wake(), self._base_at) if t is not None]
+        if self._news:
+            times.append(0.0)
         if self._decree is not None:
-            times.append(self._decree.next_try)
+            times += [self._decree.next_try, *(deadline for _, deadline, _ in self._asked)]
         if self._wanted_from:
             times.append(self._fetch_at)
         if self._pass and (self._again or (self._cursor is not None and len(self._settling) < SETTLE_WINDOW)):
@@ -270,7 +275,10 @@ class Replica:
     def hear(self, node: NodeId, epoch: int, settled: int) -> None:
         """What `node` says of itself: both are true for ever once they are said."""
         known = self.statements.get(node, (0, 0))
-        self.statements[node] = (max(known[0], epoch), max(known[1], settled))
+        said = (max(known[0], epoch), max(known[1], settled))
+        if said != known:
+            self.statements[node] = said
+            self._news = True
         if epoch > self.view.epoch:
             self._wanted_from[node] = max(epoch, self._wanted_from.get(node, 0))
 
@@ -313,6 +321,7 @@ class Replica:
             self.view.adopt(config)
         self._base_at = None
         self._pass = 0
+        self._news = True
         self.proposer.on_epoch(now)
         self._answer_changes()
         held, self._held = self._held, []
@@ -443,11 +452,13 @@ class Replica:
         self.counters["settle_reads"] += 1
         self._settling.add(key)
         op = Op(self._rng.randbytes(16), key, self.view.epoch)
-        self.proposer.submit(op, now, now + SETTLE_PATIENCE, Settle(self._pass, key))
+        tag = Settle(self._pass, key)
+        self.proposer.submit(op, now, now + SETTLE_PATIENCE, tag, full_way=self._mine_first)
 
     def _on_settled(self, tag: Settle, outcome: Outcome) -> None:
         if tag.epoch != self._pass or tag.key not in self._settling:
             return
+        self._news = True
         if isinstance(outcome, Found):
             self._settling.discard(tag.key)
         else:
