@@ -33,7 +33,6 @@ from vstack.mesh.changes import (
     ReplaceMember,
     forced,
     leaving,
-    unsettled,
 )
 from vstack.mesh.config import CONFIG_KEY, Config, Member, NodeId, pack_config
 from vstack.mesh.forming import FORMING_KEY
@@ -579,7 +578,7 @@ class Node:
             )
             for m in self.view.config.members
         )
-        waiting = {} if self.view.is_settled() else unsettled(self.view, self.replica.settled_by)
+        waiting = {} if self.view.is_settled() else self.replica.unsettled()
         return Status(
             self.me,
             self.mesh,
