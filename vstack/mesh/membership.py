@@ -15,7 +15,10 @@ How it works (SWIM: Das, Gupta, Motivala 2002; Lifeguard: Dadgar, Phillips, Curr
              one, in any order and any number of times (`join`), so gossip may lose and repeat them.
   gossip     Statements ride on pings and answers. News go first, each a number of times that grows
              with log(n); the sender's own statement always rides along, and so do a few others in
-             turn, which repairs what the news did not reach.
+             turn, which repairs what the news did not reach. Who is told less than it knows answers
+             with what it knows. After a change of the configuration everybody has news at once, and
+             most of what is sent is known already: then a ping carries some of the statements that
+             are behind, and the answer brings just these.
   suspicion  A suspect that does not object in time is *down*. The time shrinks as others suspect it
              too, independently. To object, a member raises its incarnation: only itself can do so.
   slow       A member that answers, but late, several probes in a row. It says so of itself for a
@@ -45,6 +48,8 @@ STATEMENT_BYTES = 61
 """The most that one statement takes on the wire."""
 REFRESH = 2
 """Statements in each message that are no news, taken in turn."""
+MAX_ASKED = 20
+"""Statements in a ping that are there to be answered with newer ones."""
 MAX_HEALTH = 8
 """How far a node in trouble slows down (Lifeguard's S)."""
 MAX_RELAYS = 256
@@ -172,8 +177,9 @@ class Gossip:
         self._slow_until = float("inf")
         """When this node objects to being slow."""
         self._peers: dict[bytes, Peer] = {}
-        self._unheard: set[bytes] = set()
-        """Members of which nothing is known."""
+        self._behind: dict[bytes, None] = {}
+        """Members of whom it is not known that they have adopted and settled the newest epoch, in the
+        order in which they are asked for."""
         self._down: dict[bytes, None] = {}
         """In the order in which they are probed."""
         self._ring: list[Peer] = []
@@ -203,7 +209,6 @@ class Gossip:
             if id_ not in self._peers:
                 self._peers[id_] = Peer(id_, node, Statement(id_))
         self._down = {i: None for i, p in self._peers.items() if p.statement.state is State.DOWN}
-        self._unheard = {i for i, p in self._peers.items() if p.statement.boot == 0} - self._down.keys()
         self._again = {i: None for i in self._again if i in ids}
         self._probes = {s: p for s, p in self._probes.items() if p.target.id in ids}
         self._relays = {s: r for s, r in self._relays.items() if {r.requester.id, r.target.id} <= ids.keys()}
@@ -216,6 +221,7 @@ class Gossip:
             peer.sent = min(peer.sent, rounds - 1)
             self._news[peer.sent][id_] = None
         self._shuffle()
+        self._find_behind()
 
     def say(self, epoch: int, settled: int) -> None:
         """This node has durably adopted `epoch`, and settled all its registers at `settled`.
@@ -229,6 +235,7 @@ class Gossip:
             self._own = msgspec.structs.replace(
                 own, incarnation=own.incarnation + 1, epoch=epoch, settled=settled
             )
+            self._on_epoch(epoch, self.me)
 
     def heard(self, node: NodeId, now: float) -> None:
         """Any message of `node` counts as life; of somebody who is no member it counts for nothing."""
@@ -294,7 +301,7 @@ class Gossip:
             return
         self._heard(peer, now)
         stale = self._take(m.updates, now)
-        self._answer(peer, m.sequence, stale=stale, fill=m.lacking)
+        self._answer(peer, m.sequence, stale=stale, said=m.updates)
 
     def on_ping_request(self, sender: NodeId, m: PingRequest, now: float) -> None:
         """Pings the target on behalf of the sender."""
@@ -306,7 +313,7 @@ class Gossip:
         stale = self._take(m.updates, now)
         target = self._peers.get(m.target)
         if m.target == self._id:
-            self._answer(peer, m.sequence, stale=stale)
+            self._answer(peer, m.sequence, stale=stale, said=m.updates)
         elif target is not None and len(self._relays) < MAX_RELAYS:
             self.counters["relayed"] += 1
             sequence = self._ping(target)
@@ -473,6 +480,10 @@ class Gossip:
             if peer is None:
                 continue
             known = peer.statement
+            if said == known:
+                if peer.sent >= 0:  # one more who knows: as good as having told it
+                    self._sent_on(peer)
+                continue
             joined = join(known, said)
             if joined != known:
                 self._believe(peer, joined)
@@ -511,9 +522,9 @@ class Gossip:
             peer.statement.incarnation,
         )
         peer.statement = statement
-        if statement.boot:
-            self._unheard.discard(peer.id)
-        self.newest = max(self.newest, (statement.epoch, peer.node), key=lambda newest: newest[0])
+        self._on_epoch(statement.epoch, peer.node)
+        if min(statement.epoch, statement.settled) >= self.newest[0]:
+            self._behind.pop(peer.id, None)
         self._pass_on(peer)
         if after is not State.SUSPECT or renewed:
             self._suspicions.pop(peer.id, None)
@@ -522,9 +533,19 @@ class Gossip:
         self.changes.append((peer.node, before, after))
         if after is State.DOWN:
             self._down[peer.id] = None
-            self._unheard.discard(peer.id)
         elif before is State.DOWN:
             del self._down[peer.id]
+
+    def _on_epoch(self, epoch: int, node: NodeId) -> None:
+        if epoch > self.newest[0]:
+            self.newest = (epoch, node)
+            self._find_behind()
+
+    def _find_behind(self) -> None:
+        def is_behind(s: Statement) -> bool:
+            return min(s.epoch, s.settled) < self.newest[0]
+
+        self._behind = {p.id: None for p in self._ring if is_behind(p.statement)}
 
     def _accuse(self, peer: Peer, by: int, now: float) -> None:
         """Somebody suspects it at first hand: the more do, the sooner it is down."""
@@ -559,8 +580,7 @@ class Gossip:
 
     def _ping(self, target: Peer) -> int:
         self._sequence = (self._sequence + 1) % (1 << 32)
-        ping = Ping(self._sequence, self._updates(target), lacking=bool(self._unheard))
-        self.outbox.append((target.node, ping))
+        self.outbox.append((target.node, Ping(self._sequence, self._updates(target, ask=MAX_ASKED))))
         return self._sequence
 
     def _answer(
@@ -570,9 +590,9 @@ class Gossip:
         *,
         reached: bool = True,
         stale: Iterable[bytes] = (),
-        fill: bool = False,
+        said: Iterable[Statement] = (),
     ) -> None:
-        self.outbox.append((peer.node, Pong(sequence, self._updates(peer, stale, fill), reached)))
+        self.outbox.append((peer.node, Pong(sequence, self._updates(peer, stale, said), reached)))
 
     def _pass_on(self, peer: Peer) -> None:
         if peer.sent >= 0:
@@ -580,26 +600,38 @@ class Gossip:
         peer.sent = 0
         self._news[0][peer.id] = None
 
-    def _updates(self, to: Peer, stale: Iterable[bytes] = (), fill: bool = False) -> tuple[Statement, ...]:
-        """What rides along: of this node, of the receiver if it must object, of whom it knows less, then
-        the news that were sent least, then a few others in turn; up to the bound if `fill`."""
+    def _updates(
+        self, to: Peer, stale: Iterable[bytes] = (), said: Iterable[Statement] = (), ask: int = 0
+    ) -> tuple[Statement, ...]:
+        """What rides along: of this node; of the receiver if it must object; of whom it knows less; up
+        to `ask` that are behind; the news that were sent least, but for what the receiver just `said`;
+        then a few in turn."""
         chosen: dict[bytes, None] = {}
         if to.statement.state is not State.UP:
             chosen[to.id] = None
-        for id_ in islice(stale, MAX_UPDATES // 2):
+        most = MAX_UPDATES - 1
+        for id_ in islice(chain(stale, self._asked(ask)), most - len(chosen)):
             chosen[id_] = None
-        news = list(islice(chain.from_iterable(self._news), MAX_UPDATES - 1 - len(chosen)))
-        for id_ in news:
+        echo = {s.node for s in said}
+        news = (i for i in chain.from_iterable(self._news) if i not in echo)
+        for id_ in list(islice(news, most - len(chosen))):
             chosen[id_] = None
             self._sent_on(self._peers[id_])
-        room = MAX_UPDATES - 1 - len(chosen)
-        for _ in range(min(room if fill else REFRESH, room, len(self._ring))):
+        for _ in range(min(REFRESH, most - len(chosen), len(self._ring))):
             self._refresh = (self._refresh + 1) % len(self._ring)
             other = self._ring[self._refresh]
             if other.statement.boot and other is not to:
                 chosen[other.id] = None
         self.counters["updates"] += 1 + len(chosen)
         return (self._own, *(self._spoken(self._peers[i]) for i in chosen))
+
+    def _asked(self, most: int) -> list[bytes]:
+        """Of those behind, in turn. One that is down will speak for itself when it is back."""
+        drawn = list(islice(self._behind, most))
+        for id_ in drawn:
+            del self._behind[id_]
+            self._behind[id_] = None
+        return [i for i in drawn if i not in self._down]
 
     def _sent_on(self, peer: Peer) -> None:
         """Once more; in the end it is no news any more."""
