@@ -399,10 +399,7 @@ def _build(generation: Path, rows: Iterable[tuple[bytes, bytes]], disk: Disk) ->
                 given.add(row, raw)
             db.write(batch)
         db.flush(wait=True)
-        stored = _Sum()
-        for cursor in _walk(db, b""):
-            stored.add(cursor.key(), cursor.value())
-        if stored != given:
+        if _sum(db) != given:
             raise OSError(f"{new} does not give back what was written to it")
         sequence = db.latest_sequence_number()
     finally:
@@ -430,6 +427,13 @@ class _Sum:
     def add(self, row: bytes, raw: bytes) -> None:
         self.rows += 1
         self.crc = zlib.crc32(raw, zlib.crc32(row, self.crc))
+
+
+def _sum(db: Rdict) -> _Sum:
+    found = _Sum()
+    for cursor in _walk(db, b""):  # a cursor keeps the database open: here none is left behind
+        found.add(cursor.key(), cursor.value())
+    return found
 
 
 def _options(*, create: bool) -> Options:
