@@ -438,7 +438,7 @@ async def measure(
     for number in range(options.rounds):
         for row in rows:
             show.err.print(f"round {number + 1}: {row.case.name}")
-            row.syncs.append(await asyncio.to_thread(sync_rate, folder, options.seconds / 4))
+            row.syncs.append(await asyncio.to_thread(sync_rate, folder, min(0.5, options.seconds / 4)))
             turns = [s for s in (ours, theirs) if s is not None]
             for system in turns if number % 2 == 0 else reversed(turns):
                 found = await system.measure(row.case, options.seconds)
@@ -532,7 +532,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--rounds", type=int, default=3, help="medians are of so many (default 3)")
     p.add_argument("--seconds", type=float, default=3.0, help="of each case and round (default 3)")
-    p.add_argument("--batches", type=int, default=8, help="batches of 100 in flight (default 8)")
+    p.add_argument("--batches", type=int, default=16, help="batches of 100 in flight (default 16)")
     p.add_argument("--no-etcd", action="store_true", help="measure vstack alone")
     p.add_argument("--json", action="store_true", help="the report as one JSON document on stdout")
     p.add_argument("--profile", action="store_true", help="also show where the time goes")

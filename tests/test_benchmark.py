@@ -1,16 +1,32 @@
-"""The benchmark runs on small data, proves what came back, and leaves nothing behind."""
+"""The benchmarks run on small data, prove what came back, and leave nothing behind."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.cluster import wait_for
+
 PROGRAM = Path(__file__).parents[1] / "benchmarks" / "put_get.py"
+DECISIONS = Path(__file__).parents[1] / "benchmarks" / "decisions.py"
+
+
+def nothing_is_left(folder: Path) -> bool:
+    """Whether `folder` is empty and no process was started with a path below it."""
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in line.read_bytes():
+                return False
+        except OSError:
+            continue  # it ended meanwhile
+    return list(folder.iterdir()) == []
 
 
 @pytest.mark.processes
@@ -45,3 +61,68 @@ def test_a_benchmark_of_nothing_is_refused() -> None:
     run = subprocess.run([sys.executable, str(PROGRAM), "--mib", "0"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "at least 1" in run.stderr
+
+
+@pytest.mark.processes
+def test_decisions_are_measured_beside_etcd_where_there_is_one_and_nothing_is_left(tmp_path: Path) -> None:
+    command = [sys.executable, str(DECISIONS), "--rounds", "1", "--seconds", "0.3", "--json", "--profile"]
+    run = subprocess.run(
+        command, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    installed = shutil.which("etcd") is not None
+    assert (report["nodes"], report["rounds"], report["etcd"] is not None) == (3, 1, installed)
+    assert [r["case"] for r in report["rows"]] == ["one at a time", "64 in flight", "batches of 100"]
+    for row in report["rows"]:
+        assert row["syncs"] > 0
+        assert (row["etcd"] is not None, row["ratio"] is not None) == (installed, installed)
+        for figures in (row["vstack"], row["etcd"]) if installed else (row["vstack"],):
+            assert len(figures["rounds"]) == 1
+            assert figures["rate"] > 0
+            assert 0 < figures["p50_ms"] <= figures["p99_ms"]
+            assert len(figures["node_cpu"]) == 3
+        if installed:
+            assert row["ratio"] == pytest.approx(row["vstack"]["rate"] / row["etcd"]["rate"], rel=0.1)
+    for profile in report["profile"]:
+        assert profile["rate"] > 0
+        assert any("mesh_client.py" in line for line in profile["client"])
+        assert any("(node/" in line for line in profile["node"])
+    assert nothing_is_left(tmp_path)
+
+
+@pytest.mark.processes
+def test_without_etcd_decisions_are_measured_alone_and_the_missing_package_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, str(DECISIONS), "--rounds", "1", "--seconds", "0.1"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PATH": str(tmp_path)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "etcd-server" in run.stderr
+    assert "vstack" in run.stdout
+    assert "etcd" not in run.stdout
+    assert nothing_is_left(tmp_path)
+
+
+@pytest.mark.processes
+def test_a_benchmark_of_decisions_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(DECISIONS), "--seconds", "60"]
+    said = tmp_path / "said"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with said.open("wb") as out:
+        run = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)}, stdout=out, stderr=out)
+    try:
+        wait_for(lambda: b"round 1" in said.read_bytes())
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(30) == 130
+    finally:
+        run.kill()
+        run.wait()
+    assert b"interrupted" in said.read_bytes()
+    assert nothing_is_left(temporary)
+
+
+def test_decisions_in_no_time_are_refused() -> None:
+    run = subprocess.run([sys.executable, str(DECISIONS), "--seconds", "0"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "at least 0.1" in run.stderr
