@@ -113,28 +113,28 @@ def asked(dialer: Dialer, body: Body, timeout: float = PATIENCE) -> asyncio.Task
 
 @over_sockets
 async def test_a_connection_begins_with_a_hello_that_names_the_mesh(far: Far, dialer: Dialer) -> None:
-    request = asked(dialer, Ping(1))
+    request = asked(dialer, Ping(1, ()))
     first = await far.hear()
     assert first.header.body == Hello(PROTOCOL_VERSION, MESH, "client")
     assert first.number == NO_REPLY
     second = await far.hear()
-    assert second.header.body == Ping(1)
+    assert second.header.body == Ping(1, ())
     assert second.number != NO_REPLY
     assert 0 < second.header.budget_ms <= PATIENCE * 1000
-    await far.say(second, Pong(2))
-    assert (await request).header.body == Pong(2)
+    await far.say(second, Pong(2, ()))
+    assert (await request).header.body == Pong(2, ())
 
 
 @over_sockets
 async def test_answers_find_their_requests_in_any_order(far: Far, dialer: Dialer) -> None:
-    requests = [asked(dialer, Ping(i)) for i in range(20)]
+    requests = [asked(dialer, Ping(i, ())) for i in range(20)]
     heard = [await far.hear_request() for _ in requests]
     assert len({h.number for h in heard}) == 20
     for h in reversed(heard):
         assert isinstance(h.header.body, Ping)
-        await far.say(h, Pong(100 + h.header.body.epoch))
+        await far.say(h, Pong(100 + h.header.body.sequence, ()))
     answers = await asyncio.gather(*requests)
-    assert [a.header.body for a in answers] == [Pong(100 + i) for i in range(20)]
+    assert [a.header.body for a in answers] == [Pong(100 + i, ()) for i in range(20)]
 
 
 def test_payloads_travel_both_ways_beside_the_header() -> None:
@@ -147,7 +147,7 @@ def test_payloads_travel_both_ways_beside_the_header() -> None:
             heard = await far.hear_request()
             assert heard.payload == [payload]
             assert heard.header.body == body
-            await far.say(heard, Pong(0), payload[::-1])
+            await far.say(heard, Pong(0, ()), payload[::-1])
             assert bytes((await request).payload) == payload[::-1]
 
     asyncio.run(run())
@@ -157,20 +157,20 @@ def test_payloads_travel_both_ways_beside_the_header() -> None:
 async def test_a_node_that_asks_for_a_hello_gets_one_and_then_the_request_again(
     far: Far, dialer: Dialer
 ) -> None:
-    request = asked(dialer, Ping(7))
+    request = asked(dialer, Ping(7, ()))
     heard = await far.hear_request()
     await far.say(heard, HelloRequired())
     hello = await far.hear()
     assert hello.header.body == Hello(PROTOCOL_VERSION, MESH, "client")
     again = await far.hear()
-    assert (again.number, again.header.body) == (heard.number, Ping(7))
-    await far.say(again, Pong(1))
-    assert (await request).header.body == Pong(1)
+    assert (again.number, again.header.body) == (heard.number, Ping(7, ()))
+    await far.say(again, Pong(1, ()))
+    assert (await request).header.body == Pong(1, ())
 
 
 @over_sockets
 async def test_a_node_that_asks_for_hellos_without_end_counts_as_silent(far: Far, dialer: Dialer) -> None:
-    request = asked(dialer, Ping(7), timeout=0.5)
+    request = asked(dialer, Ping(7, ()), timeout=0.5)
     times = 0
 
     async def ask_for_hellos() -> None:
@@ -189,7 +189,7 @@ async def test_a_node_that_asks_for_hellos_without_end_counts_as_silent(far: Far
 @over_sockets
 async def test_a_refused_hello_fails_what_waits_with_the_reason(far: Far, dialer: Dialer) -> None:
     """Otherwise every request would be asked for a hello, say it, be refused, and start again."""
-    requests = [asked(dialer, Ping(i)) for i in range(2)]
+    requests = [asked(dialer, Ping(i, ())) for i in range(2)]
     heard = await far.hear_request()
     await far.say(heard, HelloRequired())
     await far.say(heard, Failure("wrong-mesh", "this node is of another mesh"), number=NO_REPLY)
@@ -212,25 +212,25 @@ async def test_a_failure_is_raised_as_refused_with_its_code(far: Far, dialer: Di
 async def test_silence_is_no_answer_after_the_timeout_and_not_before(far: Far, dialer: Dialer) -> None:
     began = monotonic()
     with pytest.raises(NoAnswer, match="did not answer within"):
-        await dialer.request(Ping(1), timeout=0.3)
+        await dialer.request(Ping(1, ()), timeout=0.3)
     assert 0.29 < monotonic() - began < 2.0
     late = await far.hear_request()
-    request = asked(dialer, Ping(2))
-    await far.say(late, Pong(1))
-    await far.say(await far.hear_request(), Pong(2))
-    assert (await request).header.body == Pong(2), "the late answer is not taken for this one's"
+    request = asked(dialer, Ping(2, ()))
+    await far.say(late, Pong(1, ()))
+    await far.say(await far.hear_request(), Pong(2, ()))
+    assert (await request).header.body == Pong(2, ()), "the late answer is not taken for this one's"
 
 
 @over_sockets
 async def test_everything_that_waits_fails_at_once_when_the_far_side_closes(far: Far, dialer: Dialer) -> None:
-    requests = [asked(dialer, Ping(i), timeout=60.0) for i in range(5)]
+    requests = [asked(dialer, Ping(i, ()), timeout=60.0) for i in range(5)]
     await far.hear_request()
     far.router.close(0)
     began = monotonic()
     for result in await asyncio.gather(*requests, return_exceptions=True):
         assert isinstance(result, NoAnswer)
     with pytest.raises(NoAnswer):
-        await dialer.request(Ping(9), timeout=60.0)
+        await dialer.request(Ping(9, ()), timeout=60.0)
     assert monotonic() - began < PATIENCE
 
 
@@ -241,7 +241,7 @@ def test_where_nobody_listens_a_request_fails_at_once() -> None:
         began = monotonic()
         for _ in range(3):
             with pytest.raises(NoAnswer, match="nobody answers there"):
-                await dialer.request(Ping(1), timeout=60.0)
+                await dialer.request(Ping(1, ()), timeout=60.0)
         assert monotonic() - began < PATIENCE
         dialer.close()
         context.destroy(0)
@@ -255,17 +255,17 @@ def test_a_connection_comes_back_when_somebody_listens_again() -> None:
         port = free_port(1)
         dialer = Dialer(context, f"127.0.0.1:{port}", Lane.CONTROL, "")
         with pytest.raises(NoAnswer):
-            await dialer.request(Ping(1), timeout=60.0)
+            await dialer.request(Ping(1, ()), timeout=60.0)
         far = Far(context, port)
         answered = asyncio.create_task(_answer_pings(far))
         async with asyncio.timeout(10.0):
             while True:
                 try:
-                    answer = await dialer.request(Ping(2), timeout=2.0)
+                    answer = await dialer.request(Ping(2, ()), timeout=2.0)
                     break
                 except NoAnswer:
                     await asyncio.sleep(0.01)
-        assert answer.header.body == Pong(2)
+        assert answer.header.body == Pong(2, ())
         answered.cancel()
         dialer.close()
         far.router.close(0)
@@ -278,14 +278,14 @@ async def _answer_pings(far: Far) -> None:
     while True:
         heard = await far.hear_request()
         assert isinstance(heard.header.body, Ping)
-        await far.say(heard, Pong(heard.header.body.epoch))
+        await far.say(heard, Pong(heard.header.body.sequence, ()))
 
 
 @over_sockets
 async def test_nonsense_is_ignored_and_the_answer_that_follows_is_taken(far: Far, dialer: Dialer) -> None:
-    request = asked(dialer, Ping(1))
+    request = asked(dialer, Ping(1, ()))
     heard = await far.hear_request()
-    good = encode(Header(Pong(1)))
+    good = encode(Header(Pong(1, ())))
     for parts in (
         [b""],
         [heard.number],
@@ -301,8 +301,8 @@ async def test_nonsense_is_ignored_and_the_answer_that_follows_is_taken(far: Far
         [NO_REPLY, good],
     ):
         await far.router.send_multipart([heard.peer, *parts])
-    await far.say(heard, Pong(42))
-    assert (await request).header.body == Pong(42)
+    await far.say(heard, Pong(42, ()))
+    assert (await request).header.body == Pong(42, ())
 
 
 @over_sockets
@@ -315,33 +315,33 @@ async def test_hello_asks_who_is_there(far: Far, dialer: Dialer) -> None:
     await far.say(heard, answer)
     assert await request == answer
     request = asyncio.create_task(dialer.hello(PATIENCE))
-    await far.say(await far.hear(), Pong(1))
+    await far.say(await far.hear(), Pong(1, ()))
     with pytest.raises(NoAnswer, match="Pong"):
         await request
 
 
 @over_sockets
 async def test_a_closed_connection_answers_nothing_more(far: Far, dialer: Dialer) -> None:
-    request = asked(dialer, Ping(1), timeout=60.0)
+    request = asked(dialer, Ping(1, ()), timeout=60.0)
     await far.hear_request()
     with closing(dialer):
         pass
     with pytest.raises(NoAnswer, match="was closed"):
         await request
     with pytest.raises(NoAnswer, match="was closed"):
-        await dialer.request(Ping(2), timeout=60.0)
+        await dialer.request(Ping(2, ()), timeout=60.0)
     dialer.close()
 
 
 @over_sockets
 async def test_a_cancelled_request_leaves_nothing_behind(far: Far, dialer: Dialer) -> None:
-    request = asked(dialer, Ping(1))
+    request = asked(dialer, Ping(1, ()))
     heard = await far.hear_request()
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
     assert not dialer._pending
-    await far.say(heard, Pong(1))
-    following = asked(dialer, Ping(2))
-    await far.say(await far.hear_request(), Pong(2))
-    assert (await following).header.body == Pong(2)
+    await far.say(heard, Pong(1, ()))
+    following = asked(dialer, Ping(2, ()))
+    await far.say(await far.hear_request(), Pong(2, ()))
+    assert (await following).header.body == Pong(2, ())

@@ -504,41 +504,52 @@ def envelope(server: Server, item: Prepare) -> list[Any]:
     """What the server would answer, after its commit."""
     session = Session(b"x", Lane.CONTROL, hello_of(OTHER, 1), 0.0, in_flight=1)
     request = Incoming(session, bytes(8), Envelope((item,)), memoryview(b""), 1e9)
-    server._on_envelope(request, Envelope((item,)))
-    answers = [a for _, items in server._envelopes for a in items]
-    server._envelopes.clear()
+    server._on_envelope(request, Envelope((item,)), 0.0)
+    answers = [reply for _, reply in server.replica.replies]
+    server.replica.replies.clear()
     return answers
+
+
+def adopt(server: Server) -> None:
+    """The mesh of this node and OTHER."""
+    server.replica.adopt([Config(1, (Member(server.me, "a:1"), Member(OTHER, "b:1")), 1)], 0.0)
+    server._on_epoch()
 
 
 def test_a_node_of_a_mesh_has_no_vote_on_founding_one(server: Server) -> None:
     item = Prepare(FORMING_KEY, Ballot(0, 1, OTHER, 1))
     assert [type(a) for a in envelope(server, item)] == [Promise]
-    server._adopt(Config(1, (Member(server.me, "a:1"), Member(OTHER, "b:1")), 1))
+    adopt(server)
     assert envelope(server, Prepare(FORMING_KEY, Ballot(0, 2, OTHER, 1))) == []
     video = Prepare(f"video/{'c' * 64}", Ballot(1, 1, OTHER, 1))
     assert [type(a) for a in envelope(server, video)] == [Promise]
 
 
+def test_votes_of_strangers_get_no_reply(server: Server) -> None:
+    server.replica.adopt([Config(1, (Member(server.me, "a:1"),), 1)], 0.0)
+    server._on_epoch()
+    assert envelope(server, Prepare(f"video/{'c' * 64}", Ballot(1, 1, OTHER, 1))) == []
+
+
 def test_answers_of_a_node_that_came_back_with_an_old_boot_are_nobodys(server: Server) -> None:
     """Bug B17: its votes are from before those that it has forgotten."""
-    server._adopt(Config(1, (Member(server.me, "a:1"), Member(OTHER, "b:1")), 1))
+    adopt(server)
     link = server.transport.connect(f"127.0.0.1:{free_port(1)}", 0.0)
-    server._on_peer_hello(link, hello_of(OTHER, 5))
+    assert server.peers.on_hello(link, hello_of(OTHER, 5))
     assert link.hello is not None
-    assert server._links[OTHER] is link
-    server._on_peer_hello(link, hello_of(OTHER, 4))
+    assert server.peers.links[OTHER] is link
+    assert not server.peers.on_hello(link, hello_of(OTHER, 4))
     assert link.hello is None
-    assert OTHER not in server._links
-    server._on_peer_hello(link, hello_of(OTHER, 6))
-    assert server._links[OTHER] is link
+    assert OTHER not in server.peers.links
+    assert server.peers.on_hello(link, hello_of(OTHER, 6))
+    assert server.peers.links[OTHER] is link
 
 
 def test_a_new_node_at_an_old_ones_address_is_not_taken_for_it(server: Server) -> None:
-    server._adopt(Config(1, (Member(server.me, "a:1"), Member(OTHER, "b:1")), 1))
+    adopt(server)
     link = server.transport.connect(f"127.0.0.1:{free_port(1)}", 0.0)
-    link.heard = now = server._started + 100.0
-    server._on_peer_hello(link, hello_of(OTHER, 5))
-    assert server.peer_state(OTHER, now) == "up"
-    server._on_peer_hello(link, hello_of("c" * 32, 1))
-    assert server.peer_state(OTHER, now) == "down"
-    assert OTHER not in server._links
+    assert server.peers.on_hello(link, hello_of(OTHER, 5))
+    assert server.peers.is_live(OTHER)
+    assert server.peers.on_hello(link, hello_of("c" * 32, 1))
+    assert not server.peers.is_live(OTHER)
+    assert OTHER not in server.peers.links
