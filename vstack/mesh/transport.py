@@ -12,6 +12,12 @@ at its high-water mark, so ROUTER_MANDATORY is on and a drop is counted; a secon
 routing id in use stays deaf, so a new one gets a new id. Everything is lossy: retries belong to
 the core, never to the socket. Bytes that are not ZMTP never become messages; connections that
 end before their handshake are counted through the socket monitor.
+
+With keys, every connection is CURVE: the ROUTERs have the mesh's key pair, and whoever dials has one
+of its own. CURVE alone admits any key, so libzmq asks at each handshake, over ZAP (rfc.zeromq.org/spec/27),
+whether this one may come in; the reactor answers from the `Directory` it was given last, between two
+messages, without a thread. A stalled reactor delays handshakes, as it delays everything else. libzmq
+cannot close one peer of a ROUTER, so each message is checked again by the key of its connection.
 """
 
 from __future__ import annotations
@@ -32,7 +38,9 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from vstack.errors import UsageError
+from vstack.mesh.access import Directory, Identity, allowed, directory
 from vstack.mesh.config import NodeId
+from vstack.mesh.keys import KeyPair, NodeKeys, short
 from vstack.mesh.messages import (
     MAX_CONTROL,
     MAX_DATA,
@@ -74,6 +82,45 @@ SESSION_IDLE = 120.0
 """Seconds of silence after which a connection has to say hello again."""
 DRAIN = 256
 """Messages taken from one socket before the others get their turn."""
+REFUSED_AGAIN = 1.0
+"""Seconds after which a peer that refused our key is asked again: it may have learnt it."""
+MAX_REFUSALS = 2
+"""Refusals of our own key after which we come with the mesh's: we may have been removed meanwhile, and
+as a stranger we can learn that."""
+STRANGER_FOR = 5.0
+"""Seconds after which we try our own key again."""
+MAX_COMPLAINTS = 4096
+"""Lines in the log about peers, of each kind, whoever they are: what strangers can cost."""
+MAX_MET = 1024
+"""Keys of nodes that are known from their hellos only."""
+_HANDSHAKE_FAILED: Final = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_ZAP: Final = "inproc://zeromq.zap.01"
+SILENT_HANDSHAKES = 3
+"""Handshakes in a row that the far side ended without a reason, before we name the likely one."""
+
+
+class Refusal(Enum):
+    """Why a handshake failed, as far as the far side lets us know."""
+
+    KEY = "key"
+    """It does not admit our key."""
+    SECURITY = "security"
+    """One side uses keys and the other does not."""
+    SILENT = "silent"
+    """It ended the connection: another mesh key does that, and so does a program of another kind."""
+
+
+def why_refused(event: int, value: int) -> Refusal:
+    """What a monitor's EVENT_HANDSHAKE_FAILED_* means on the side that dialled."""
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return Refusal.KEY
+    if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+        return Refusal.SECURITY
+    return Refusal.SILENT
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -104,6 +151,13 @@ def set_options(sock: zmq.Socket[bytes] | zmq.asyncio.Socket, lane: Lane) -> Non
     sock.set(zmq.HEARTBEAT_TIMEOUT, 1500)
     sock.set(zmq.HANDSHAKE_IVL, 3000)
     sock.set(zmq.TCP_KEEPALIVE, 1)
+
+
+def speak_as(sock: zmq.Socket[bytes] | zmq.asyncio.Socket, pair: KeyPair, mesh: bytes) -> None:
+    """Makes a socket that dials a CURVE client: known by `pair`, to nodes that prove the key `mesh`."""
+    sock.set(zmq.CURVE_PUBLICKEY, pair.public)
+    sock.set(zmq.CURVE_SECRETKEY, pair.secret)
+    sock.set(zmq.CURVE_SERVERKEY, mesh)
 
 
 class Wakeup:
@@ -142,6 +196,8 @@ class Session:
     lane: Lane
     hello: Hello
     heard: float
+    key: bytes = b""
+    """The public key that its connection proved to hold; empty in a mesh without keys."""
     in_flight: int = 0
     queued: int = 0
 
@@ -182,12 +238,23 @@ class Link:
     pinged: float = 0.0
     rtt: float | None = None
     """Seconds, smoothed."""
+    refused: float | None = None
+    """When its handshake was refused: libzmq does not try again by itself."""
+    silent_handshakes: int = 0
+    as_stranger: bool = False
+    """We came with the mesh's key pair although we are a member: our own was refused."""
 
 
 class Transport:
     """Sockets of one node. `greet` decides about a hello: our own in return, or a Failure."""
 
-    def __init__(self, greet: Callable[[Hello], Hello | Failure], my_hello: Callable[[], Hello]) -> None:
+    def __init__(
+        self,
+        greet: Callable[[Hello], Hello | Failure],
+        my_hello: Callable[[], Hello],
+        keys: NodeKeys | None = None,
+    ) -> None:
+        """Without `keys`, connections are neither encrypted nor authenticated."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 4096)
         self._greet = greet
@@ -195,10 +262,24 @@ class Transport:
         self._poller = zmq.Poller()
         self._routers: dict[Lane, zmq.Socket[bytes]] = {}
         self._monitors: set[zmq.Socket[bytes]] = set()
+        self._link_monitors: dict[zmq.Socket[bytes], Link] = {}
         self._sessions: dict[tuple[Lane, bytes], Session] = {}
         self._links: dict[str, Link] = {}
         self._by_socket: dict[zmq.Socket[bytes], Link] = {}
         self._complained: set[bytes] = set()
+        self._logged: set[tuple[str, str]] = set()
+        self._keys = keys
+        self._is_member = False
+        """Whether we are known by our own key, and dial with it: with the mesh's until then."""
+        self._directory = Directory({}, frozenset())
+        self._met: set[bytes] = set()
+        """Keys that somebody who holds the mesh's secret key named as its own."""
+        self._revoked: set[bytes] = set()
+        self._refusals: Counter[str] = Counter()
+        """How often each address has refused our own key, since it last admitted it."""
+        self._zap: zmq.Socket[bytes] | None = None
+        if keys is not None:
+            self._directory = directory((), keys.mesh.pair.public, keys.mesh.admins)
         self._opened = 0
         self._queued = 0
         """Bytes of payload that wait, over all sessions."""
@@ -213,15 +294,21 @@ class Transport:
 
     def listen(self, address: str) -> None:
         """Binds both lanes. Raises UsageError if the address cannot be bound."""
+        if self._keys is not None:
+            self._zap = self._context.socket(zmq.REP)
+            self._zap.bind(_ZAP)  # before anybody can connect
+            self._poller.register(self._zap, zmq.POLLIN)
         for lane in Lane:
             router = self._context.socket(zmq.ROUTER)
             set_options(router, lane)
             router.set(zmq.ROUTER_MANDATORY, 1)
+            if self._keys is not None:
+                router.set(zmq.CURVE_SERVER, 1)
+                router.set(zmq.CURVE_SECRETKEY, self._keys.mesh.pair.secret)
+                router.set(zmq.ZAP_DOMAIN, b"vstack")
+                router.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody to ask: nobody is admitted
             where = endpoint(address, lane)
-            monitor = router.get_monitor_socket(
-                zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-                | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-            )  # fmt: skip
+            monitor = router.get_monitor_socket(_HANDSHAKE_FAILED)
             try:
                 router.bind(where)
             except zmq.ZMQError as e:
@@ -236,8 +323,17 @@ class Transport:
             self._poller.register(monitor, zmq.POLLIN)
 
     def connect(self, address: str, now: float) -> Link:
-        """The control connection to `address`, opened now if there is none. It says hello first."""
+        """The control connection to `address`, opened now if there is none. It says hello first.
+
+        One that was refused a while ago is opened anew, and one on which we are strangers.
+        """
         link = self._links.get(address)
+        if link is not None and (
+            (link.refused is not None and now - link.refused > REFUSED_AGAIN)
+            or (link.as_stranger and now - link.opened > STRANGER_FOR)
+        ):
+            self.disconnect(address)
+            link = None
         if link is None:
             link = self._links[address] = self._open(address, now)
         return link
@@ -252,6 +348,11 @@ class Transport:
         if link is not None:
             self._poller.unregister(link.socket)
             del self._by_socket[link.socket]
+            monitor = next(m for m, owner in self._link_monitors.items() if owner is link)
+            del self._link_monitors[monitor]
+            self._poller.unregister(monitor)
+            link.socket.disable_monitor()
+            monitor.close(0)
             link.socket.close(0)
 
     def close(self) -> None:
@@ -270,10 +371,20 @@ class Transport:
         self._opened += 1
         counter = self._opened.to_bytes(4)
         dealer.routing_id = b"n" + bytes.fromhex(me.node) + me.boot.to_bytes(8) + b"c" + counter
+        stranger = False
+        if self._keys is not None:
+            mesh = self._keys.mesh.pair
+            refusals = self._refusals[address]
+            stranger = self._is_member and refusals >= MAX_REFUSALS and refusals % MAX_REFUSALS == 0
+            self._refusals[address] += stranger  # the next time with our own again
+            speak_as(dealer, self._keys.own if self._is_member and not stranger else mesh, mesh.public)
+        monitor = dealer.get_monitor_socket(_HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         dealer.connect(endpoint(address, Lane.CONTROL))
-        link = Link(address, dealer, now)
+        link = Link(address, dealer, now, as_stranger=stranger)
         self._by_socket[dealer] = link
+        self._link_monitors[monitor] = link
         self._poller.register(dealer, zmq.POLLIN)
+        self._poller.register(monitor, zmq.POLLIN)
         self.send(link, me)
         return link
 
@@ -284,6 +395,92 @@ class Transport:
     def link_to(self, node: NodeId) -> Link | None:
         """The connection on which `node` has said hello."""
         return next((k for k in self._links.values() if k.hello and k.hello.node == node), None)
+
+    # -- keys -------------------------------------------------------------------------------------
+
+    def admit(self, whom: Directory) -> None:
+        """From now on these may connect and send; for those who are connected it counts from their next
+        message. Once our own key is a member's, we are known by it: connections are made anew.
+
+        Without keys it changes nothing.
+        """
+        if self._keys is None:
+            return
+        self._revoked |= self._directory.people.keys() - whom.people.keys()
+        self._revoked -= whom.people.keys()
+        self._met -= self._revoked
+        self._directory = whom
+        own = self._keys.own
+        me = whom.people.get(own.public)
+        self._refusals.clear()
+        if not self._is_member and me is not None and me.role == "node":
+            self._is_member = True
+            now = monotonic()
+            for address in list(self._links):
+                self.reconnect(address, now)
+
+    def identity(self, key: bytes) -> Identity | None:
+        """Whose key that is just now, None if nobody's."""
+        if self._keys is None:
+            return None
+        if key in self._met and key not in self._directory.people:
+            return self._directory.people.get(self._keys.mesh.pair.public)
+        return self._directory.people.get(key)
+
+    def _meet(self, key: bytes) -> None:
+        """A node that we dialled says that it will come with this key. It has proved to hold the mesh's
+        secret key, and could come with that one as well."""
+        if len(key) == 32 and len(self._met) < MAX_MET and key not in self._revoked:
+            self._met.add(key)
+
+    def _drain_zap(self, zap: zmq.Socket[bytes]) -> None:
+        """Answers libzmq's questions about keys, one for each handshake."""
+        for _ in range(DRAIN):
+            try:
+                _, number, _, address, _, mechanism, *credentials = zap.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            key = credentials[0] if mechanism == b"CURVE" and credentials else b""
+            if self.identity(key) is not None:
+                answer = [b"200", b"OK", key.hex().encode(), b""]
+            else:
+                answer = [b"400", b"", b"", b""]
+                revoked = key in self._revoked
+                self._count_refused("revoked" if revoked else "unknown")
+                self._log_once(
+                    "handshake", key.hex(), "a connection from %s was refused: its key %s... %s",
+                    address.decode(errors="replace").removeprefix("::ffff:"), short(key),
+                    "was revoked" if revoked else "is not one of this mesh's",
+                )  # fmt: skip
+            zap.send_multipart([b"1.0", number, *answer])
+
+    def _count_refused(self, why: str) -> None:
+        self.counters["keys.refused"] += 1
+        self.counters[f"keys.refused.{why}"] += 1
+
+    def _log_once(self, kind: str, about: str, message: str, *args: object) -> None:
+        """One warning for each `about`."""
+        if (kind, about) not in self._logged and len(self._logged) < MAX_COMPLAINTS:
+            self._logged.add((kind, about))
+            log.warning(message, *args)
+
+    def _forbidden(self, key: bytes, body: Body) -> Failure | None:
+        """None if the holder of `key` may send `body`; else it is counted, and logged once."""
+        if self._keys is None:
+            return None
+        who = self.identity(key)
+        why = allowed(who, body)
+        if why is None:
+            return None
+        return self._refuse(key, who, type(body).__name__, why)
+
+    def _refuse(self, key: bytes, who: Identity | None, kind: str, why: str) -> Failure:
+        self.counters["keys.forbidden"] += 1
+        self._log_once(
+            kind, key.hex(), "%s refused from key %s... (%s): %s",
+            kind, short(key), who or ("revoked" if key in self._revoked else "unknown"), why,
+        )  # fmt: skip
+        return Failure("forbidden", why[:1000])
 
     # -- sending ----------------------------------------------------------------------------------
 
@@ -342,8 +539,12 @@ class Transport:
         for sock, _ in ready:
             if not isinstance(sock, zmq.Socket):
                 self.wakeup.clear()
+            elif sock is self._zap:
+                self._drain_zap(sock)
             elif sock in self._monitors:
                 self._on_monitor(sock)
+            elif sock in self._link_monitors:
+                self._on_link_monitor(sock, self._link_monitors[sock], now)
             elif sock in self._by_socket:
                 self._drain_link(self._by_socket[sock], answers, now)
             else:
@@ -372,11 +573,16 @@ class Transport:
             correlation = frames[1].bytes
             body = header.body
             self._count("received", body)
-            session = self._sessions.get((lane, routing_id))
-            if isinstance(body, Hello):
-                self._on_hello(lane, routing_id, correlation, body, now)
+            # A string that libzmq attached to the connection at its handshake: see `_drain_zap`.
+            key = b"" if self._keys is None else bytes.fromhex(str(frames[-1].get("User-Id")))
+            if (refused := self._forbidden(key, body)) is not None:
+                self._send_to(lane, routing_id, correlation, refused)
                 continue
-            if session is None:
+            if isinstance(body, Hello):
+                self._on_hello(lane, routing_id, correlation, key, body, now)
+                continue
+            session = self._sessions.get((lane, routing_id))
+            if session is None or session.key != key:
                 self.counters["hello_required"] += 1
                 self._send_to(lane, routing_id, correlation, HelloRequired())
                 continue
@@ -416,14 +622,24 @@ class Transport:
             if isinstance(header.body, HelloRequired):
                 self.send(link, self._my_hello())
                 continue
+            if isinstance(header.body, Hello) and self._keys is not None:
+                self._meet(header.body.key)
             out.append(Answer(link, frames[0], header))
 
-    def _on_hello(self, lane: Lane, routing_id: bytes, correlation: bytes, hello: Hello, now: float) -> None:
-        if hello.version not in (PROTOCOL_VERSION, PROTOCOL_VERSION - 1):
-            answer: Hello | Failure = Failure(
+    def _on_hello(
+        self, lane: Lane, routing_id: bytes, correlation: bytes, key: bytes, hello: Hello, now: float
+    ) -> None:
+        who = self.identity(key)
+        believed = self._directory.believed(who, hello) if who is not None else hello
+        answer: Hello | Failure
+        if isinstance(believed, str):
+            answer = self._refuse(key, who, "Hello", believed)
+        elif hello.version not in (PROTOCOL_VERSION, PROTOCOL_VERSION - 1):
+            answer = Failure(
                 "refused", f"this node speaks protocol version {PROTOCOL_VERSION}, not {hello.version}"
             )
         else:
+            hello = believed
             answer = self._greet(hello)
         if isinstance(answer, Hello):
             if len(self._sessions) >= MAX_SESSIONS:
@@ -433,9 +649,9 @@ class Transport:
             else:
                 known = self._sessions.get((lane, routing_id))
                 if known is None:
-                    self._sessions[lane, routing_id] = Session(routing_id, lane, hello, now)
+                    self._sessions[lane, routing_id] = Session(routing_id, lane, hello, now, key)
                 else:
-                    known.hello, known.heard = hello, now
+                    known.hello, known.heard, known.key = hello, now, key
         else:
             self._sessions.pop((lane, routing_id), None)
             self.counters["hello_refused"] += 1
@@ -455,8 +671,46 @@ class Transport:
 
     def _on_monitor(self, monitor: zmq.Socket[bytes]) -> None:
         while monitor.poll(0):
-            recv_monitor_message(monitor)
+            event = recv_monitor_message(monitor)
             self.counters["handshakes_failed"] += 1
+            if self._keys is None or event["event"] != zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                continue
+            # Whose connection it was is not known: libzmq names our own end only.
+            if event["value"] == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                self._count_refused("plain")
+                self._log_once("handshake", "plain", "a connection without keys was refused")
+            elif event["value"] == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+                self._count_refused("other_mesh")
+                self._log_once("handshake", "other", "a connection with the key of another mesh was refused")
+
+    def _on_link_monitor(self, monitor: zmq.Socket[bytes], link: Link, now: float) -> None:
+        while monitor.poll(0):
+            event = recv_monitor_message(monitor)
+            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                link.silent_handshakes = 0
+                if not link.as_stranger:
+                    self._refusals.pop(link.address, None)
+                continue
+            refusal = why_refused(event["event"], event["value"])
+            if refusal is Refusal.SILENT:
+                link.silent_handshakes += 1
+            else:
+                link.refused = now
+                self._refusals[link.address] += refusal is Refusal.KEY
+            if refusal is not Refusal.SILENT or link.silent_handshakes >= SILENT_HANDSHAKES:
+                why = self._refusal_in_words(refusal)
+                self._log_once(
+                    f"link {refusal.value}", link.address, "%s refuses this node: %s", link.address, why
+                )
+
+    def _refusal_in_words(self, refusal: Refusal) -> str:
+        if self._keys is None:
+            return "it uses keys, or is no vstack node: start this node with --keys"
+        if refusal is Refusal.KEY:
+            return f"it does not know this node's key {short(self._keys.own.public)}... (yet, or any more)"
+        if refusal is Refusal.SECURITY:
+            return "it uses no keys: start it with --keys"
+        return "it has another mesh.key than this node, or is no vstack node"
 
     def _count(self, way: str, body: Body) -> None:
         kind = type(body).__name__
