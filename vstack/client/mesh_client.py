@@ -14,25 +14,30 @@ import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
 import zmq.asyncio
 
 from vstack.errors import DamagedData, MeshUnavailable, OutcomeUnknown, UsageError, VstackError
+from vstack.mesh.changes import Authorise, MeshChange, Revoke
 from vstack.mesh.config import Config, Member, NodeId, group, key_subject, leader
-from vstack.mesh.dialer import Answered, Dialer, NoAnswer, Refused
+from vstack.mesh.dialer import Answered, Dialer, KeyRefused, NoAnswer, Refused
+from vstack.mesh.keys import ClientKey, load_client
 from vstack.mesh.messages import (
     MAX_CONTROL,
     MAX_SUBMIT,
     Body,
     Chain,
+    ChangeMesh,
     Found,
     GetConfig,
     GetPiece,
     GetStatus,
     List,
     Listing,
+    MeshChanged,
     Mismatch,
     Ok,
     Op,
@@ -80,8 +85,11 @@ class Page:
 class MeshClient:
     """Made by `connect`. Belongs to one event loop."""
 
-    def __init__(self, context: zmq.asyncio.Context, address_map: Mapping[str, str]) -> None:
+    def __init__(
+        self, context: zmq.asyncio.Context, address_map: Mapping[str, str], key: ClientKey | None = None
+    ) -> None:
         self._context = context
+        self._key = key
         self._address_map = dict(address_map)
         self._dialers: dict[tuple[str, Lane], Dialer] = {}
         self._failed_at: dict[NodeId, float] = {}
@@ -97,9 +105,12 @@ class MeshClient:
     def dialer(self, address: str, lane: Lane) -> Dialer:
         """The connection to a lane of the node at `address`, through the address map."""
         found = self._dialers.get((address, lane))
+        if found is not None and found.gone:
+            found.close()
+            found = None
         if found is None:
             real = self._address_map.get(address, address)
-            found = self._dialers[address, lane] = Dialer(self._context, real, lane, self.mesh)
+            found = self._dialers[address, lane] = Dialer(self._context, real, lane, self.mesh, self._key)
         return found
 
     async def ask(
@@ -128,7 +139,10 @@ class MeshClient:
         return monotonic() - self._failed_at.get(node, -within) < within
 
     async def contact(self, peers: Sequence[str], patience: float) -> None:
-        """Learns the configuration from the first peer that answers. Raises MeshUnavailable."""
+        """Learns the configuration from the first peer that answers.
+
+        Raises MeshUnavailable; KeyRefused at once if a peer refuses the key and none answers.
+        """
         deadline = monotonic() + patience
         why = ""
         while True:
@@ -140,6 +154,9 @@ class MeshClient:
                 for dialer in self._dialers.values():
                     dialer.mesh = self.mesh
                 return
+            for answer in answers:
+                if isinstance(answer, KeyRefused):
+                    raise answer
             why = "; ".join(str(a) for a in answers if isinstance(a, VstackError))
             if monotonic() + 0.2 > deadline:
                 raise MeshUnavailable(
@@ -176,6 +193,52 @@ class MeshClient:
     async def status(self, node: NodeId, timeout: float = 2.0) -> Status:
         """Raises NoAnswer, Refused."""
         return _expect(Status, await self.ask(node, GetStatus(), timeout=timeout))
+
+    # -- the configuration ------------------------------------------------------------------------
+
+    async def change_mesh(self, change: MeshChange, *, patience: float = OPERATION) -> int:
+        """Changes the configuration, through any node; the epoch in which the change is in force.
+
+        One that somebody else has made meanwhile counts as made. Raises Refused (with the mesh's
+        reason), OutcomeUnknown after `patience` seconds.
+        """
+        request = os.urandom(16)
+        deadline = monotonic() + patience
+        why: VstackError = MeshUnavailable("the mesh has no members")
+        while True:
+            for node in sorted(self.config.nodes, key=self.silent):
+                left = deadline - monotonic()
+                if left <= 0:
+                    raise OutcomeUnknown(f"the change of the mesh may or may not have happened: {why}")
+                body = ChangeMesh(request, self.config.epoch, change)
+                try:
+                    answer = await self.ask(node, body, timeout=left)
+                except NoAnswer as e:
+                    why = e
+                    continue
+                except Refused as e:
+                    if e.code not in ("epoch", "busy", "forming"):
+                        raise
+                    why = e
+                    made_in = await self._learn_whether_made(node, request, change)
+                    if made_in is not None:
+                        return made_in
+                    continue
+                return _expect(MeshChanged, answer).epoch
+            await asyncio.sleep(0.1)
+
+    async def _learn_whether_made(self, node: NodeId, request: bytes, change: MeshChange) -> int | None:
+        """Takes newer configurations from `node`; the epoch that has the change, None if none has."""
+        try:
+            chain = _expect(Chain, await self.ask(node, GetConfig(self.config.epoch), timeout=FIRST_ANSWER))
+        except (NoAnswer, Refused):
+            return None
+        for config in sorted(chain.configs, key=lambda c: c.epoch):
+            if config.epoch > self.config.epoch:
+                self.config = config
+            if config.change == request:
+                return config.epoch
+        return self.config.epoch if _is_made(self.config, change) else None
 
     # -- registers --------------------------------------------------------------------------------
 
@@ -225,9 +288,13 @@ class MeshClient:
         return tuple(sorted(order, key=self.silent))
 
     async def _submit_along(self, route: Sequence[NodeId], ops: Sequence[Op]) -> list[Outcome]:
+        """Raises Refused if this client may not do it, and no node can have done it."""
         deadline = monotonic() + OPERATION
         why, sure = "no node answered", False
+        doubt = False
+        """Whether some node may have done it."""
         while True:
+            forbidden: list[Refused] = []
             for node in route:
                 left = deadline - monotonic()
                 if left <= 0:
@@ -236,12 +303,20 @@ class MeshClient:
                     answer = await self.ask(node, Submit(tuple(ops)), timeout=min(FIRST_ANSWER, left))
                 except (NoAnswer, Refused) as e:
                     why = why if sure else str(e)
+                    doubt |= isinstance(e, NoAnswer)
+                    if isinstance(e, Refused) and e.code == "forbidden":
+                        forbidden.append(e)
                     continue
                 outcomes = list(_expect(Outcomes, answer).outcomes)
                 unknown = [o.reason for o in outcomes if isinstance(o, Unknown)]
                 if not unknown and len(outcomes) == len(ops):
                     return outcomes
                 why, sure = (unknown[0], True) if unknown else ("a strange answer", False)
+                doubt = True
+            if len(forbidden) > len(route) // 2:  # fewer may just not have heard of a new role
+                if doubt:
+                    return [Unknown(str(forbidden[0]))] * len(ops)
+                raise forbidden[0]
             await asyncio.sleep(0.1)
 
     # -- listings ---------------------------------------------------------------------------------
@@ -322,6 +397,13 @@ def _parts(which: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
         yield part
 
 
+def _is_made(config: Config, change: MeshChange) -> bool:
+    """Whether a change of who may use the mesh has nothing left to do."""
+    if isinstance(change, Authorise):
+        return change.grant in config.grants
+    return isinstance(change, Revoke) and all(g.key != change.key for g in config.grants)
+
+
 def _wire(key: PieceKey) -> WirePieceKey:
     return WirePieceKey(key.video, key.upload, key.chunk, key.piece, key.generation)
 
@@ -349,15 +431,21 @@ def split_peers(text: str | Iterable[str]) -> tuple[str, ...]:
 
 @asynccontextmanager
 async def connect(
-    peers: str | Sequence[str], *, patience: float = 5.0, address_map: Mapping[str, str] | None = None
+    peers: str | Sequence[str],
+    *,
+    patience: float = 5.0,
+    address_map: Mapping[str, str] | None = None,
+    keys: ClientKey | Path | str | None = None,
 ) -> AsyncIterator[MeshClient]:
     """A client of the mesh that `peers` (addresses of control lanes) belong to.
 
-    `address_map` says where to dial instead of an advertised address (relays, tunnels). Waits up to
-    `patience` seconds for a node to answer. Raises UsageError, MeshUnavailable.
+    `address_map` says where to dial instead of an advertised address (relays, tunnels). `keys` is this
+    client's key, or the file with it; None for a mesh without keys. Waits up to `patience` seconds for a
+    node to answer. Raises UsageError, MeshUnavailable, KeyRefused.
     """
+    key = keys if isinstance(keys, ClientKey) or keys is None else load_client(Path(keys))
     context = zmq.asyncio.Context()
-    client = MeshClient(context, address_map or {})
+    client = MeshClient(context, address_map or {}, key)
     try:
         await client.contact(split_peers(peers), patience)
         yield client

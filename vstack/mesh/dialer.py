@@ -4,6 +4,9 @@ Requests are numbered and may overlap; each has a deadline. A connection that br
 be made, or whose heartbeats stop (1.5 s) fails everything that waits on it at once, instead of
 leaving it to time out: the socket monitor tells. Nothing is resent here, except to a node that
 asks for a hello first, because such a node has not looked at the request.
+
+With keys, a handshake that fails says so at once, and as far as ZeroMQ tells, why. After a definite
+no the socket does not try again: the connection is `gone`, and whoever wants another one makes it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from itertools import count
+from time import monotonic
 
 import msgspec
 import zmq
@@ -20,8 +24,19 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from vstack.errors import MeshUnavailable, VstackError
+from vstack.mesh.keys import ClientKey, short
 from vstack.mesh.messages import PROTOCOL_VERSION, Body, Failure, Header, Hello, HelloRequired, decode, encode
-from vstack.mesh.transport import NO_REPLY, Lane, endpoint, set_options
+from vstack.mesh.transport import (
+    NO_REPLY,
+    REFUSED_AGAIN,
+    SILENT_HANDSHAKES,
+    Lane,
+    Refusal,
+    endpoint,
+    set_options,
+    speak_as,
+    why_refused,
+)
 
 MAX_HELLOS = 3
 """Hellos that one request is worth."""
@@ -29,6 +44,12 @@ MAX_HELLOS = 3
 
 class NoAnswer(MeshUnavailable):
     """The node did not answer in time, or the connection to it broke. The request may have been done."""
+
+
+class KeyRefused(NoAnswer):
+    """The handshake failed because of the keys: this client's, the mesh's, or because there are none."""
+
+    exit_code = 2
 
 
 class Refused(VstackError):
@@ -57,11 +78,22 @@ class _Pending:
 class Dialer:
     """One connection. Close it with `close`; after that every request fails with NoAnswer."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, lane: Lane, mesh: str) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        address: str,
+        lane: Lane,
+        mesh: str,
+        key: ClientKey | None = None,
+    ) -> None:
+        """Without `key`, the connection is neither encrypted nor authenticated."""
         self.address = address
         self.lane = lane
         self.mesh = mesh
         """Sent in the hello; empty if not known yet."""
+        self._key = key
+        self._silent_handshakes = 0
+        self._refused_at: float | None = None
         self._numbers = count(1)
         self._pending: dict[bytes, _Pending] = {}
         self._socket = context.socket(zmq.DEALER)
@@ -69,14 +101,23 @@ class Dialer:
         self._socket.routing_id = b"c" + os.urandom(16)
         self._socket.set(zmq.RECONNECT_IVL, 100)
         self._socket.set(zmq.RECONNECT_IVL_MAX, 1000)
-        self._broken = ""
+        if key is not None:
+            speak_as(self._socket, key.pair, key.mesh)
+        self._broken: NoAnswer | None = None
         """Why nobody can be reached just now; requests fail at once until the connection is back."""
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_SUCCEEDED
-        )
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        )  # fmt: skip
         self._socket.connect(endpoint(address, lane))
         first = self._send([NO_REPLY, self._hello()])
         self._tasks = [asyncio.create_task(self._receive(first)), asyncio.create_task(self._watch())]
+
+    @property
+    def gone(self) -> bool:
+        """Whether its keys were refused, long enough ago to try again with a new connection."""
+        return self._refused_at is not None and monotonic() - self._refused_at > REFUSED_AGAIN
 
     def _hello(self) -> bytes:
         return encode(Header(Hello(PROTOCOL_VERSION, self.mesh, "client")))
@@ -89,14 +130,16 @@ class Dialer:
         """Sends `body` and returns the answer. `timeout` is in seconds; the node is given nine tenths of
         it, so that what it has to say in the end still arrives.
 
-        Raises NoAnswer, Refused.
+        Raises NoAnswer (KeyRefused is one), Refused.
         """
         number = next(self._numbers).to_bytes(8)
         parts: list[bytes | memoryview] = [number, encode(Header(body, min(600_000, int(timeout * 900))))]
         if payload:
             parts.append(payload)
-        if self._socket.closed or self._broken:
-            raise NoAnswer(f"{self.address}: {self._broken or 'the connection was closed'}")
+        if self._broken is not None:
+            raise _again(self._broken)
+        if self._socket.closed:
+            raise NoAnswer(f"{self.address}: the connection was closed")
         pending = _Pending(parts, asyncio.get_running_loop().create_future())
         self._pending[number] = pending
         try:
@@ -163,11 +206,43 @@ class Dialer:
 
     async def _watch(self) -> None:
         while True:
-            kind = (await recv_monitor_message(self._monitor))["event"]
+            event = await recv_monitor_message(self._monitor)
+            kind = event["event"]
             if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._broken = ""
+                self._broken = None
+                self._silent_handshakes = 0
                 continue
-            self._broken = (
-                "the connection broke" if kind == zmq.EVENT_DISCONNECTED else "nobody answers there"
+            if kind not in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CONNECT_RETRIED):
+                self._on_handshake_failed(why_refused(kind, event["value"]))
+            elif not isinstance(self._broken, KeyRefused):
+                how = "the connection broke" if kind == zmq.EVENT_DISCONNECTED else "nobody answers there"
+                self._broken = NoAnswer(f"{self.address}: {how}")
+            if self._broken is not None:
+                self._fail(self._broken)
+
+    def _on_handshake_failed(self, refusal: Refusal) -> None:
+        if refusal is Refusal.SILENT:
+            self._silent_handshakes += 1
+            if self._silent_handshakes < SILENT_HANDSHAKES:
+                return  # its reason may have been lost with the connection: it is tried again
+        else:
+            self._refused_at = monotonic()
+        self._broken = KeyRefused(f"{self.address} {self._in_words(refusal)}")
+
+    def _in_words(self, refusal: Refusal) -> str:
+        if self._key is None:
+            return "admits only clients with a key, or is no vstack node: name your key file with --keys"
+        if refusal is Refusal.KEY:
+            public = self._key.pair.public
+            return (
+                f"does not admit the key {short(public)}... ({self._key.name}): it was revoked, or never "
+                f"authorised. An admin of the mesh can: vstack keys authorise {public.hex()} --role ROLE"
             )
-            self._fail(NoAnswer(f"{self.address}: {self._broken}"))
+        if refusal is Refusal.SECURITY:
+            return f"uses no keys, and you came with one ({self._key.name}): say --keys none"
+        return f"is of another mesh than the key {self._key.name} is for, or is no vstack node"
+
+
+def _again(error: NoAnswer) -> NoAnswer:
+    """The same error for another request: an exception carries the traceback of one."""
+    return type(error)(str(error))
