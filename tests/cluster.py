@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,29 +20,52 @@ T = TypeVar("T")
 
 
 @contextmanager
-def running_mesh(folder: Path, count: int = 5, extra: tuple[str, ...] = ()) -> Iterator[LocalMesh]:
-    """A mesh of `count` nodes that serve; none is left afterwards."""
-    with LocalMesh(folder, count, free_port(count), extra) as mesh:
+def running_mesh(
+    folder: Path, count: int = 5, extra: tuple[str, ...] = (), keys: Path | None = None
+) -> Iterator[LocalMesh]:
+    """A mesh of `count` nodes that serve, with or without keys; none is left afterwards."""
+    with LocalMesh(folder, count, free_port(count), extra, keys=keys) as mesh:
         mesh.start()
         yield mesh
 
 
-def with_client(mesh: LocalMesh, work: Callable[[MeshClient], Awaitable[T]], **options: float) -> T:
-    """Runs `work` with a client of the mesh, in an event loop of its own."""
+def with_client(
+    mesh: LocalMesh,
+    work: Callable[[MeshClient], Awaitable[T]],
+    *,
+    patience: float = 5.0,
+    key: Path | None = None,
+) -> T:
+    """Runs `work` with a client of the mesh, in an event loop of its own. `key`: instead of the admin's."""
 
     async def inside() -> T:
-        async with connect(mesh.peers, **options) as client:  # type: ignore[arg-type]
+        async with connect(mesh.peers, patience=patience, keys=key or mesh.client_key) as client:
             return await work(client)
 
     return asyncio.run(inside())
 
 
-def vstack(*words: str | Path, peers: str = "", cwd: Path | None = None, within: float = 120) -> Finished:
-    """Runs the command line as a user does; never raises for its exit code."""
+def vstack(
+    *words: str | Path,
+    peers: str = "",
+    key: Path | None = None,
+    cwd: Path | None = None,
+    within: float = 120,
+) -> Finished:
+    """Runs the command line as a user does; never raises for its exit code.
+
+    The key of whoever runs the tests is never used: only `key`, or what is found in `cwd`.
+    """
     command = [sys.executable, "-c", "from vstack.cli import main; main()", *map(str, words)]
     if peers:
-        command += ["--peers", peers]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=within, check=False)
+        command += ["--peers", peers, "--keys", str(key) if key else "none"]
+    elif key:
+        command += ["--keys", str(key)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("VSTACK_KEY", "VSTACK_PEERS")}
+    environment["XDG_CONFIG_HOME"] = os.devnull
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, timeout=within, check=False, env=environment
+    )
     return Finished(done.returncode, done.stdout, done.stderr)
 
 

@@ -3,6 +3,7 @@
     FOLDER/mesh.json      addresses and process ids
     FOLDER/node-1/ ...    data directories
     FOLDER/node-1.log     what that node said
+    FOLDER/keys/          the mesh's key and its admin's, unless it does without
 
 A node that was started to live with its parent ends when the parent does, however that ends: its
 stdin closes. A detached one is ended by `stop_recorded`, which looks at what a process id is before
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vstack.errors import UsageError, VstackError
+from vstack.mesh.keys import ADMIN_KEY, MESH_KEY, init_mesh
 
 READY_WITHIN = 30.0
 
@@ -135,6 +137,9 @@ class LocalMesh:
     port: int = 7400
     extra: tuple[str, ...] = ()
     nodes: list[LocalNode] = field(default_factory=list)
+    keys: Path | None = None
+    """The folder of its keys, made at the first start; None: connections are neither encrypted nor
+    authenticated."""
 
     def __post_init__(self) -> None:
         for i in range(self.count):
@@ -151,11 +156,26 @@ class LocalMesh:
     def peers(self) -> tuple[str, ...]:
         return tuple(n.address for n in self.nodes)
 
+    @property
+    def client_key(self) -> Path | None:
+        """The admin's key file."""
+        return self.keys / ADMIN_KEY if self.keys else None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What its nodes are started with beside their addresses."""
+        return (*self.extra, *(("--keys", str(self.keys)) if self.keys else ()))
+
     def start(self, *, detach: bool = False) -> None:
-        """Starts all and waits until they serve. Stops all and raises NodeFailed if one does not."""
+        """Starts all and waits until they serve. Stops all and raises NodeFailed if one does not.
+
+        Raises UsageError if there are no keys and they cannot be made.
+        """
+        if self.keys is not None and not (self.keys / MESH_KEY).exists():
+            init_mesh(self.keys)
         try:
             for node in self.nodes:
-                node.start(self.peers, detach=detach, extra=self.extra)
+                node.start(self.peers, detach=detach, extra=self.options)
             self._wait_ready()
         except BaseException:
             self.stop()
@@ -195,6 +215,7 @@ class LocalMesh:
             "port": self.port,
             "count": self.count,
             "peers": list(self.peers),
+            "keys": self.keys is not None,
             "pids": {str(n.process.pid): str(n.data) for n in self.nodes if n.process is not None},
         }
         temporary = self.folder / "mesh.json.tmp"

@@ -9,12 +9,15 @@ import tomllib
 from pathlib import Path
 
 from vstack import __version__
-from vstack.cli import interrupt, local, show, verbs
+from vstack.cli import interrupt, keys, local, show, verbs
 from vstack.errors import UsageError, VstackError
+from vstack.mesh.keys import ADMIN_KEY, find_client_key
 
 EPILOG = """\
 VIDEO is an id, a unique prefix of at least 6 characters, or a unique exact title.
 Nodes are found through --peers, VSTACK_PEERS, `peers` in ./.vstack/config.toml, or 127.0.0.1:7400.
+Your key is --keys FILE, VSTACK_KEY, ./.vstack/keys/admin.key, or vstack/client.key in your configuration
+folder: the first that is there. `none` means: without a key.
 
 exit codes: 0 success; 1 failure; 2 wrong usage or configuration; 3 the mesh does not answer, or too
 few of its nodes do; 4 no such video, or more than one; 5 the source cannot be stored as video;
@@ -42,14 +45,19 @@ def build_parser() -> argparse.ArgumentParser:
         v = verbs_.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
         v.add_argument("--json", action="store_true", help="one JSON document on stdout")
         if mesh:
-            v.add_argument("--peers", metavar="H:P,...", help="addresses of some nodes of the mesh")
+            mesh_options(v)
         return v
+
+    def mesh_options(v: argparse.ArgumentParser) -> None:
+        v.add_argument("--peers", metavar="H:P,...", help="addresses of some nodes of the mesh")
+        v.add_argument("--keys", metavar="FILE", dest="key", help="your key file; none: without a key")
 
     v = verb("up", "start a mesh on this machine, until Ctrl-C", mesh=False)
     v.add_argument("count", nargs="?", type=int, metavar="N", help="how many nodes, 1 to 50 (default 5)")
     v.add_argument("--detach", action="store_true", help="leave the nodes running; `vstack down` ends them")
     v.add_argument("--port", type=int, help="first port (default 7400); each node takes two")
     v.add_argument("--dir", type=Path, default=Path(".vstack"), help="folder for data (default ./.vstack)")
+    v.add_argument("--insecure", action="store_true", help="a mesh without keys")
     v = verb("down", "stop the nodes that `vstack up --detach` left running", mesh=False)
     v.add_argument("--dir", type=Path, default=Path(".vstack"), help="the folder given to `up`")
 
@@ -81,6 +89,32 @@ def build_parser() -> argparse.ArgumentParser:
 
     v = verb("status", "health of the mesh, with reasons")
     verb("nodes", "the members, and how they see each other")
+
+    v = verb("keys", "who may use the mesh: make, list, authorise and revoke keys", mesh=False)
+    nouns = v.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, help_: str, *, mesh: bool) -> argparse.ArgumentParser:
+        a = nouns.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
+        # Said before the action or after it; not said after it, it stays as it was before.
+        a.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document")
+        if mesh:
+            mesh_options(a)
+        return a
+
+    a = action("init", "make the keys of a new mesh: mesh.key for its nodes, admin.key for you", mesh=False)
+    a.add_argument("folder", metavar="DIR", type=Path)
+    a = action("new", "make a client's key, to be authorised", mesh=False)
+    a.add_argument("file", metavar="FILE", type=Path)
+    a.add_argument("--mesh", metavar="DIR|FILE", type=Path, required=True,
+                   help="mesh.key, its folder, or the key of any client of the mesh")  # fmt: skip
+    a.add_argument("--name", help="for people (default: the file's name)")
+    action("list", "list the keys of the mesh's members and clients", mesh=True)
+    a = action("authorise", "let a client use the mesh, or give it another role", mesh=True)
+    a.add_argument("public", metavar="PUBLICKEY", help="as `vstack keys new` printed it")
+    a.add_argument("--role", choices=("admin", "writer", "reader"), required=True)
+    a.add_argument("--name", default="", help="for people")
+    a = action("revoke", "take a client's rights away, also on connections that are open", mesh=True)
+    a.add_argument("who", metavar="KEY|NAME", help="its public key, the beginning of one, or its name")
     return p
 
 
@@ -103,6 +137,13 @@ def find_peers(given: str | None) -> str:
     return ",".join(peers) if isinstance(peers, list) else str(peers)
 
 
+def find_key(given: str | None) -> Path | None:
+    """The file of the client's key, None to connect without one."""
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    folders = (Path(".vstack/keys") / ADMIN_KEY, Path(home) / "vstack" / "client.key")
+    return find_client_key(given, os.environ, folders)
+
+
 def run(argv: list[str] | None) -> int:
     """The exit code of one command line."""
     options = build_parser().parse_args(argv)
@@ -111,7 +152,9 @@ def run(argv: list[str] | None) -> int:
             return local.up(options)
         if options.verb == "down":
             return local.down(options)
-        return interrupt.run(verbs.run(options, find_peers(options.peers)))
+        if options.verb == "keys" and options.action in keys.OFFLINE:
+            return keys.OFFLINE[options.action](options)
+        return interrupt.run(verbs.run(options, find_peers(options.peers), find_key(options.key)))
     except VstackError as e:
         show.err.print(f"vstack: {e}")
         return e.exit_code

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
-from vstack.cli import catalogue, health, playback, store
+from vstack.cli import catalogue, health, keys, playback, store
 from vstack.client.mesh_client import MeshClient, connect
 
 VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
@@ -17,10 +18,11 @@ VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
     "play": playback.play,
     "status": health.status,
     "nodes": health.nodes,
+    "keys": keys.run,
 }
 
 
-async def run(options: argparse.Namespace, peers: str) -> int:
-    """Connects and runs one verb; its exit code."""
-    async with connect(peers) as mesh:
+async def run(options: argparse.Namespace, peers: str, key: Path | None) -> int:
+    """Connects, with the client's key in the file `key` or without one, and runs one verb; its exit code."""
+    async with connect(peers, keys=key) as mesh:
         return await VERBS[options.verb](mesh, options)
