@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tests.sim.invariants import Violation
 from tests.sim.linearizability import Try
+from vstack.mesh.config import GENESIS, key_epoch, leader
 from vstack.mesh.messages import Found, Mismatch, Ok, Op, Outcome, Unknown
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ TRIES = 4
 """Tries of an operation while there are faults; what is left over must end after them."""
 
 
+FOR_EVER = ("too often", "is older than")
+"""Another try of such an Unknown would say the same."""
+
+
 class Client:
     """One operation at a time, tried through any node until it has an outcome."""
 
@@ -28,6 +33,8 @@ class Client:
         self.current: Op | None = None
         self.seen: dict[str, int] = {}
         """The last version of each key that this client was told."""
+        self.epoch = 0
+        """The newest epoch that this client has heard of."""
         self._made = 0
         self._tries = 0
         self._left_over: list[Op] = []
@@ -52,17 +59,19 @@ class Client:
             if world.ops_left > 0:
                 self.think()
             return
-        key = world.rng.choice(world.keys)
+        fresh = p.uploads and world.rng.random() < p.uploads
+        key = world.new_key(node) if fresh else world.rng.choice(world.keys)
         op = self._draw(key)
         if op.expect == 0 and op.data is not None and world.rng.random() < p.through_leader:
-            leader = world.nodes[world.view.leader(key) or node.name]
-            node = leader if leader.alive else node
+            first = leader(world.watcher.chain.get(key_epoch(key), GENESIS), key)
+            there = world.node(first) if first else None
+            node = there if there is not None and there.serves else node
         self.begin(op, node)
         if world.rng.random() < p.rush:
             for other in world.rng.sample(world.clients, world.rng.randint(1, len(world.clients) - 1)):
                 if other.current is None:
                     there = node if world.rng.random() < p.same_node else world.some_node()
-                    other.begin(other._draw(key), there if there is not None and there.alive else node)
+                    other.begin(other._draw(key), there if there is not None else node)
 
     def _draw(self, key: str) -> Op:
         """An operation on `key` that makes some sense to this client."""
@@ -80,11 +89,12 @@ class Client:
 
     def _op(self, key: str, expect: int | None, data: bytes | None) -> Op:
         self._made += 1
-        return Op(self.number.to_bytes(8, "big") + self._made.to_bytes(8, "big"), key, 1, expect, data)
+        op_id = self.number.to_bytes(8, "big") + self._made.to_bytes(8, "big")
+        return Op(op_id, key, max(1, self.epoch, key_epoch(key)), expect, data)
 
     # -- tries ------------------------------------------------------------------------------------
 
-    def begin(self, op: Op, node: Node) -> None:
+    def begin(self, op: Op, node: Node | None) -> None:
         self.world.ops_left -= 1
         self.current = op
         self._tries = 0
@@ -107,6 +117,7 @@ class Client:
         patience = world.rng.expovariate(1 / world.profile.patience) + 0.05 if not world.healed else 60.0
         world.at(world.now + patience, self._on_patience_end, op, self._tries)
         if node is not None:
+            self.epoch = max(self.epoch, node.replica.view.epoch)
             world.submit(self, node, op, patience * world.rng.uniform(0.5, 1.5))
 
     def _on_patience_end(self, op: Op, tries: int) -> None:
@@ -123,7 +134,7 @@ class Client:
         world, op = self.world, attempt.op
         if isinstance(outcome, Ok | Mismatch | Found):
             self.seen[op.key] = outcome.version
-        elif isinstance(outcome, Unknown) and "too often" not in outcome.reason:
+        elif isinstance(outcome, Unknown) and not any(w in outcome.reason for w in FOR_EVER):
             return  # patience will end
         if self.current is not op:
             return
@@ -162,6 +173,4 @@ class Client:
             self._begin_anywhere(self._op(self._to_look.pop(), None, None))
 
     def _begin_anywhere(self, op: Op) -> None:
-        node = self.world.some_node()
-        assert node is not None, "every node is up"
-        self.begin(op, node)
+        self.begin(op, self.world.some_node())

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from os import cpu_count
 from time import perf_counter
 from typing import NamedTuple
@@ -110,11 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
         for line in report.failures:
             print(line, flush=True)
     seconds = perf_counter() - began
-    seeds, operations, messages, crashes, decisions, undecided = astuple(figures)
     print(
-        f"{seeds} seeds, {operations} tries of operations, {messages} messages, {crashes} crashes, "
-        f"{decisions} decisions, {undecided} histories undecided, {failures} violations, "
-        f"{seconds:.1f} s ({seeds / seconds:.0f} seeds/s)"
+        f"{figures.seeds} seeds, {figures.operations} tries of operations, {figures.messages} messages, "
+        f"{figures.epochs} epoch changes, {figures.crashes} crashes, {figures.lost_disks} lost disks, "
+        f"{figures.decisions} decisions, {figures.undecided} histories undecided, {failures} violations, "
+        f"{seconds:.1f} s ({figures.seeds / seconds:.0f} seeds/s)"
     )
     return 1 if failures else 0
 

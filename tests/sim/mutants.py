@@ -15,6 +15,7 @@ import msgspec
 
 from vstack.errors import DamagedData
 from vstack.mesh.config import NodeId, View
+from vstack.mesh.forming import Forming
 from vstack.mesh.messages import (
     ABSENT,
     EMPTY,
@@ -38,6 +39,7 @@ from vstack.mesh.messages import (
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.paxos.change import apply
 from vstack.mesh.paxos.proposer import Attempt, KeyState, Phase, Proposer, Timing, Waiting
+from vstack.mesh.paxos.replica import Replica
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,19 @@ class Variant:
     boot_counts: bool = True
     survives: Callable[[Record], Record] | None = None
     """What a crash leaves of each record on disk; all of it if None."""
+    replica: type[Replica] = Replica
+    forming: type[Forming] = Forming
+    adopts_in_memory: bool = False
+    drops_commits: float = 0.0
+    """The probability that a commit never reaches the disk."""
+    keys_listed: int = 1 << 30
+    """How many keys a listing gives."""
+    snapshots_vote: bool = False
+    """Nobody minds a boot that goes backwards."""
+    wiped_keeps_name: bool = False
+    """The identity does not go with the vote store."""
+    leaves_early: bool = False
+    """A removed node is switched off at once."""
 
 
 REAL = Variant("none")

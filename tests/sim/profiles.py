@@ -68,6 +68,37 @@ class Profile:
     damage: float = 0.0
     """A record of one node becomes unreadable."""
 
+    gossip: float = 0.0
+    """Seconds between two statements of a node; 0: the mesh never changes, and nobody gossips."""
+    kindness: float = 0.5
+    spares: int = 0
+    """Machines that are no members, and may become some."""
+    changes: float = 0.0
+    """Changes of the configuration that administrators try, per second."""
+    script: str = ""
+    """`regrow`: from the first size up to all machines, and back to one."""
+    adds: float = 1.0
+    """Weights of the kinds of changes."""
+    removes: float = 1.0
+    drains: float = 0.5
+    grants: float = 0.3
+    rivals: float = 0.0
+    """Another administrator makes another change in the same instant."""
+    losses: float = 0.0
+    """A disk is lost, and its machine comes back as another node. As many as the mesh can take."""
+    restores: float = 0.3
+    """The share of lost disks that come back as they once were."""
+    absences: float = 0.0
+    """A node is down for a long time."""
+    absence: float = 2.5
+    """Mean length of it."""
+    uploads: float = 0.0
+    """A client's operation is on a register of a new upload, in the epoch that its node knows."""
+    forming: bool = False
+    """No mesh exists at the start."""
+    disaster: bool = False
+    """Most members are lost for good at some time, and an operator forces the mesh on."""
+
 
 _STORMY = Profile(loss=0.03, duplicate=0.05, slow=0.05, lost_outcome=0.05)
 
@@ -103,6 +134,32 @@ PROFILES: dict[str, Profile] = {
         patience=0.2,
     ),
 }
+_MOVING = replace(
+    _STORMY,
+    gossip=0.15,
+    spares=3,
+    changes=1.5,
+    rivals=0.25,
+    uploads=0.1,
+    horizon=6.0,
+    ops=50,
+    crashes=0.4,
+    partitions=0.2,
+    cuts=0.2,
+    videos=2,
+    chunks=2,
+)
+CHANGING: dict[str, Profile] = {
+    "churn": replace(_MOVING, sizes=(1, 2, 3, 3, 4, 5, 5, 7), losses=0.2),
+    "regrow": replace(_MOVING, sizes=(1,), spares=6, script="regrow", horizon=12.0, kindness=0.1, rivals=0.1),
+    "returns": replace(_MOVING, sizes=(3, 4, 5), absences=0.6, losses=0.1, horizon=8.0, drains=1.5),
+    "forming": replace(
+        _MOVING, sizes=(1, 2, 3, 3, 5), spares=1, forming=True, changes=0.5, losses=0.3, crashes=1.0, horizon=8.0
+    ),
+    "recover": replace(_MOVING, sizes=(3, 4, 5, 7), disaster=True, changes=0.5, losses=0.0),
+}
+"""Profiles in which the mesh changes."""
+PROFILES |= CHANGING
 NAMES = (*PROFILES, "mixed")
 
 
@@ -117,10 +174,11 @@ def _swarm(rng: Random) -> Profile:
     def some(upper: float) -> float:
         return 0.0 if rng.random() < 0.4 else rng.uniform(0.0, upper)
 
+    changing = rng.random() < 0.5
     return Profile(
         clients=rng.randint(2, 6),
         ops=rng.randint(20, 60),
-        horizon=rng.uniform(2.0, 5.0),
+        horizon=rng.uniform(2.0, 5.0) * (1.5 if changing else 1.0),
         think=rng.uniform(0.02, 0.4),
         patience=rng.uniform(0.1, 1.2),
         videos=rng.randint(1, 2),
@@ -147,5 +205,19 @@ def _swarm(rng: Random) -> Profile:
         partitions=some(1.5),
         cuts=some(2.0),
         outage=rng.uniform(0.1, 1.0),
-        damage=some(0.5),
+        damage=0.0 if changing else some(0.5),
+        gossip=rng.uniform(0.05, 0.4) if changing else 0.0,
+        kindness=rng.choice((0.0, 0.5, 2.0)),
+        spares=rng.randint(1, 4),
+        changes=rng.uniform(0.3, 3.0) if changing else 0.0,
+        adds=rng.random() + 0.1,
+        removes=rng.random(),
+        drains=rng.random(),
+        grants=some(1.0),
+        rivals=some(0.5),
+        losses=some(0.5) if changing else 0.0,
+        restores=some(1.0),
+        absences=some(0.8) if changing else 0.0,
+        absence=rng.uniform(0.5, 4.0),
+        uploads=some(0.3),
     )
