@@ -189,6 +189,8 @@ class Gossip:
         self._again: dict[bytes, None] = {}
         """Who is probed before its turn."""
         self._turns = 0
+        self._ran = now
+        """When anything was last handed in."""
         self._probe_at = now + rng.uniform(0, self.timing.period)
         self._sequence = rng.getrandbits(32)
         self._probes: dict[int, Probe] = {}
@@ -256,6 +258,10 @@ class Gossip:
         """Smoothed round trip to another member in seconds; None if none was measured."""
         peer = self._peer(node)
         return None if peer is None else peer.rtt
+
+    def backlog(self) -> int:
+        """Of how many members there are news to pass on."""
+        return sum(map(len, self._news))
 
     def next_wake(self) -> float:
         """When `tick` has something to do next."""
@@ -422,6 +428,7 @@ class Gossip:
         if usual is None:
             peer.rtt, peer.deviation = rtt, rtt / 2
         else:
+            rtt = min(rtt, 2 * usual)  # what is unusual does not become the usual at once
             peer.deviation += (abs(rtt - usual) - peer.deviation) / 4
             peer.rtt = usual + (rtt - usual) / 8
         if probe.helpers is not None or unusual:
@@ -452,8 +459,8 @@ class Gossip:
 
     def _excuse_own_absence(self, now: float) -> None:
         """This node did not run for a while: what the others did meanwhile, it could not see."""
-        absent = now - self.next_wake()
-        if absent <= self.timing.timeout:
+        absent, self._ran = now - self._ran, now
+        if now - self.next_wake() <= self.timing.timeout:
             return
         self._probe_at += absent
         self._slow_until += absent
@@ -613,7 +620,7 @@ class Gossip:
         for id_ in islice(chain(stale, self._asked(ask)), most - len(chosen)):
             chosen[id_] = None
         echo = {s.node for s in said}
-        news = (i for i in chain.from_iterable(self._news) if i not in echo)
+        news = (i for i in chain.from_iterable(self._news) if i not in echo and i not in chosen)
         for id_ in list(islice(news, most - len(chosen))):
             chosen[id_] = None
             self._sent_on(self._peers[id_])
