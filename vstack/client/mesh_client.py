@@ -18,6 +18,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
+import msgspec
 import zmq.asyncio
 
 from vstack.errors import DamagedData, MeshUnavailable, OutcomeUnknown, UsageError, VstackError
@@ -93,6 +94,9 @@ class MeshClient:
         self._address_map = dict(address_map)
         self._dialers: dict[tuple[str, Lane], Dialer] = {}
         self._failed_at: dict[NodeId, float] = {}
+        self._seeds: tuple[str, ...] = ()
+        self._newer = 0
+        """The highest epoch that a node spoke of."""
         self.mesh = ""
         self.config = Config(0, (), 0)
 
@@ -123,6 +127,8 @@ class MeshClient:
         timeout: float,
     ) -> Answered:
         """One request to one member. Raises NoAnswer, Refused; a silent node is remembered as such."""
+        if self._newer > self.config.epoch:
+            await self.refresh()
         member = self.config.member(node)
         if member is None:
             raise NoAnswer(f"node {node[:8]} is not a member of the mesh")
@@ -132,6 +138,7 @@ class MeshClient:
             self._failed_at[node] = monotonic()
             raise
         self._failed_at.pop(node, None)
+        self._newer = max(self._newer, answer.header.epoch)
         return answer
 
     def silent(self, node: NodeId, within: float = 5.0) -> bool:
@@ -151,6 +158,7 @@ class MeshClient:
             if chains:
                 best = max(chains, key=lambda c: c.configs[-1].epoch)
                 self.mesh, self.config = best.mesh, best.configs[-1]
+                self._seeds = tuple(peers)
                 for dialer in self._dialers.values():
                     dialer.mesh = self.mesh
                 return
@@ -182,7 +190,9 @@ class MeshClient:
 
     async def _config_from(self, address: str, timeout: float) -> Chain | VstackError:
         try:
-            answer = await self.dialer(address, Lane.CONTROL).request(GetConfig(), timeout=min(timeout, 3.0))
+            answer = await self.dialer(address, Lane.CONTROL).request(
+                GetConfig(open=True), timeout=min(timeout, 3.0)
+            )
         except VstackError as e:
             return e
         chain = answer.header.body
@@ -195,6 +205,17 @@ class MeshClient:
         return _expect(Status, await self.ask(node, GetStatus(), timeout=timeout))
 
     # -- the configuration ------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Learns the newest configuration that any node tells; keeps the one it has if none does."""
+        wanted, self._newer = self._newer, 0
+        for address in dict.fromkeys((*(m.address for m in self.members), *self._seeds)):
+            chain = await self._config_from(address, 1.0)
+            if isinstance(chain, Chain) and chain.mesh == self.mesh:
+                if chain.configs[-1].epoch > self.config.epoch:
+                    self.config = chain.configs[-1]
+                if self.config.epoch >= wanted:
+                    return
 
     async def change_mesh(self, change: MeshChange, *, patience: float = OPERATION) -> int:
         """Changes the configuration, through any node; the epoch in which the change is in force.
@@ -230,7 +251,8 @@ class MeshClient:
     async def _learn_whether_made(self, node: NodeId, request: bytes, change: MeshChange) -> int | None:
         """Takes newer configurations from `node`; the epoch that has the change, None if none has."""
         try:
-            chain = _expect(Chain, await self.ask(node, GetConfig(self.config.epoch), timeout=FIRST_ANSWER))
+            question = GetConfig(self.config.epoch)
+            chain = _expect(Chain, await self.ask(node, question, timeout=FIRST_ANSWER))
         except (NoAnswer, Refused):
             return None
         for config in sorted(chain.configs, key=lambda c: c.epoch):
@@ -304,6 +326,12 @@ class MeshClient:
                 except (NoAnswer, Refused) as e:
                     why = why if sure else str(e)
                     doubt |= isinstance(e, NoAnswer)
+                    if isinstance(e, Refused) and e.code == "epoch":
+                        # Made for an epoch that is over. If no node can have tried it, it is made anew.
+                        await self.refresh()
+                        if doubt or sure:
+                            return [Unknown(str(e))] * len(ops)
+                        ops = [msgspec.structs.replace(op, born=self.config.epoch) for op in ops]
                     if isinstance(e, Refused) and e.code == "forbidden":
                         forbidden.append(e)
                     continue

@@ -305,9 +305,11 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 
 class GetConfig(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """Asks for the decided chain from `after` on."""
+    """Asks for the decided chain from `after` on, as much of it as fits one message."""
 
     after: U64 = 0
+    open: bool = False
+    """Only the configurations that are still open, base to the newest: what a client needs to know."""
 
 
 class Chain(msgspec.Struct, frozen=True, array_like=True, tag=8):
@@ -498,6 +500,19 @@ class Noted(msgspec.Struct, frozen=True, array_like=True, tag=26):
     """Taken note of; nothing is promised."""
 
 
+class GetHoldings(msgspec.Struct, frozen=True, array_like=True, tag=28):
+    """Asks which videos a node holds pieces of, from `after` on: for what no register names any more."""
+
+    after: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+
+
+class Holdings(msgspec.Struct, frozen=True, array_like=True, tag=29):
+    """Video ids in order."""
+
+    videos: Annotated[tuple[str, ...], Meta(max_length=MAX_SCAN)]
+    more: bool
+
+
 Body = (
     Envelope
     | Hello
@@ -526,6 +541,8 @@ Body = (
     | Viewed
     | Noted
     | PingRequest
+    | GetHoldings
+    | Holdings
 )
 
 

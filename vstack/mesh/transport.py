@@ -287,6 +287,8 @@ class Transport:
         self._served_since = monotonic()
         self._rate = 0
         self.counters: Counter[str] = Counter()
+        self.epoch = 0
+        """The newest configuration that the node has adopted: every answer says so."""
         self.wakeup = Wakeup()
         self._poller.register(self.wakeup.receiver, zmq.POLLIN)
 
@@ -516,7 +518,7 @@ class Transport:
         self, lane: Lane, routing_id: bytes, correlation: bytes, body: Body, payload: bytes | memoryview = b""
     ) -> None:
         data = lane is Lane.DATA
-        head = encode(Header(body, 0, self._queued if data else 0, self._rate if data else 0))
+        head = encode(Header(body, 0, self._queued if data else 0, self._rate if data else 0, self.epoch))
         parts: list[bytes | memoryview] = [routing_id, correlation, head]
         if payload:
             parts.append(payload)

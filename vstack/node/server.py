@@ -48,9 +48,11 @@ from vstack.mesh.messages import (
     Failure,
     ForceConfig,
     GetConfig,
+    GetHoldings,
     GetPiece,
     GetStatus,
     Hello,
+    Holdings,
     Join,
     List,
     MeshChanged,
@@ -71,6 +73,7 @@ from vstack.mesh.messages import (
     Submit,
 )
 from vstack.mesh.paxos.replica import Replica
+from vstack.mesh.registers import PIECE_KEY_BYTES
 from vstack.mesh.transport import Answer, Incoming, Link, Session, Transport
 from vstack.node.entrance import Entrance
 from vstack.node.journal import Journal
@@ -92,6 +95,8 @@ INTRODUCTION = 1.0
 MAX_LISTINGS = 4
 """Listings of one connection at once."""
 MAX_OPS_IN_FLIGHT = 20_000
+MAX_HOLDINGS = 200
+"""Videos in one answer about what a node holds."""
 CHAIN_BYTES = 512 * 1024
 """Bytes of configurations in one answer."""
 
@@ -134,6 +139,7 @@ class Node:
         self._entrance = None if chain else Entrance(member, self.votes.boot, seeds, self.acceptor, self._rng)
         self._myself = member
         self.transport = self.peers.transport = Transport(self.peers.greet, self.peers.hello)
+        self.transport.epoch = self.view.epoch
         self.transport.listen(settings.listen)
         self.store = ChunkStore(settings.data / "store", node=self.me)
         self._workers = PieceWorkers(self.store, self.transport.wakeup, monotonic)
@@ -283,6 +289,7 @@ class Node:
         """A configuration was adopted."""
         config = self.view.config
         self._entrance = None
+        self.transport.epoch = config.epoch
         self.peers.on_configuration()
         log.info(
             "mesh %s: epoch %d, base %d, %d members",
@@ -333,7 +340,8 @@ class Node:
         elif isinstance(body, Ping | Pong | PingRequest):
             self._on_gossip(request, body, now)
         elif isinstance(body, GetConfig):
-            self._reply(request, self._chain_after(body.after))
+            open_only = Chain(self.mesh, self.view.chain() if self.mesh else ())
+            self._reply(request, open_only if body.open else self._chain_after(body.after))
         elif isinstance(body, GetStatus):
             self._reply(request, self.status(now))
         elif self._entrance is not None:
@@ -350,6 +358,8 @@ class Node:
                 self._reply(request, Failure("refused", "only members of the mesh are shown raw votes"))
         elif isinstance(body, List):
             self._on_list(request, body, now)
+        elif isinstance(body, GetHoldings):
+            self._reply(request, self._holdings(body.after))
         elif isinstance(body, Join):
             self._on_join(request, body.member, now)
         elif isinstance(body, ChangeMesh):
@@ -394,6 +404,21 @@ class Node:
                 configs.append(config)
                 size += len(pack_config(config))
         return Chain(self.mesh, tuple(configs))
+
+    def _holdings(self, after: str) -> Body:
+        """Videos that this node has pieces of, by the index."""
+        videos: list[str] = []
+        try:
+            while len(videos) < MAX_HOLDINGS:
+                below = bytes.fromhex(after) + b"\xff" * (PIECE_KEY_BYTES - 32) if after else b""
+                found = self.store.list(after=below, limit=1)
+                if not found:
+                    return Holdings(tuple(videos), False)
+                after = found[0].key.video
+                videos.append(after)
+        except VstackError as e:
+            return Failure("damaged", str(e)[:1000])
+        return Holdings(tuple(videos), True)
 
     def _on_list(self, request: Incoming, wanted: List, now: float) -> None:
         if self._listings.of(request.session) >= MAX_LISTINGS:

@@ -1,0 +1,222 @@
+"""Changing who is in the mesh, and knowing what that means before and while it happens.
+
+A change is one decision; after it, the votes of the registers whose groups have changed move, key by
+key, and only when enough nodes have said that theirs are settled may a removed node be switched off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+from vstack.client.mesh_client import MeshClient
+from vstack.errors import MeshUnavailable, NotFound, UsageError, VstackError
+from vstack.mesh.changes import (
+    AddMember,
+    DrainMember,
+    MeshChange,
+    RemoveMember,
+    forced,
+    successor,
+)
+from vstack.mesh.config import Config, Member, NodeId, View, group, key_subject
+from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.messages import Chain, ForceConfig, GetConfig, GetHoldings, Holdings, MeshChanged, Status
+from vstack.mesh.transport import Lane
+
+FORCE_WITHIN = 20.0
+"""Seconds in which every node that is left must take a forced configuration."""
+
+
+@dataclass(frozen=True)
+class Moving:
+    """How far the mesh is after its last change."""
+
+    epoch: int
+    base: int
+    leaving: tuple[NodeId, ...]
+    """Removed or drained nodes whose votes are still needed."""
+    waiting: dict[int, tuple[NodeId, ...]]
+    """By open epoch, the nodes that have not settled what they hold."""
+    silent: tuple[NodeId, ...]
+    """Members that did not answer."""
+
+    @property
+    def done(self) -> bool:
+        return not self.leaving and not self.waiting
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a change would do to the videos' groups of votes."""
+
+    before: Config
+    after: Config
+    videos: int
+    moving: int
+    """Videos whose group would be another one."""
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What became of the registers after nodes were given up."""
+
+    epoch: int
+    doubtful: tuple[str, ...]
+    """Videos whose group had lost its majority: their registers go on with what was left, and may have
+    lost their latest change."""
+    given_up: tuple[str, ...]
+    """Videos of which pieces are stored, but no register is left."""
+
+
+def find_member(config: Config, text: str) -> Member:
+    """A member by its id, a unique beginning of it, or its address. Raises NotFound, UsageError."""
+    found = [m for m in config.members if m.address == text or (len(text) >= 4 and m.node.startswith(text))]
+    if len(found) > 1:
+        raise UsageError(f"{text} is the beginning of {len(found)} nodes' ids: give more of it")
+    if not found:
+        raise NotFound(f"no member of the mesh is called {text}: `vstack nodes` lists them")
+    return found[0]
+
+
+async def open_view(mesh: MeshClient) -> View:
+    """The configurations that are open, as the member with the newest one tells them. Raises
+    MeshUnavailable if none answers."""
+
+    async def one(node: NodeId) -> tuple[Config, ...]:
+        try:
+            answer = (await mesh.ask(node, GetConfig(open=True), timeout=3.0)).header.body
+        except (NoAnswer, Refused):
+            return ()
+        return answer.configs if isinstance(answer, Chain) else ()
+
+    told = [c for c in await asyncio.gather(*(one(n) for n in mesh.config.nodes)) if c]
+    if not told:
+        raise MeshUnavailable("no node of the mesh answers")
+    return View(max(told, key=lambda c: c[-1].epoch))
+
+
+async def moving(mesh: MeshClient) -> Moving:
+    """Asks all members. Raises MeshUnavailable if none answers."""
+    await mesh.refresh()
+    answers = await asyncio.gather(*(_status(mesh, m.node) for m in mesh.members))
+    told = [a for a in answers if a is not None]
+    if not told:
+        raise MeshUnavailable("no node of the mesh answers")
+    newest = max(told, key=lambda s: (s.epoch, -sum(len(w) for w in s.waiting.values())))
+    silent = tuple(m.node for m, a in zip(mesh.members, answers, strict=True) if a is None)
+    return Moving(newest.epoch, newest.base, newest.leaving, newest.waiting, silent)
+
+
+async def _status(mesh: MeshClient, node: NodeId) -> Status | None:
+    try:
+        return await mesh.status(node)
+    except VstackError:
+        return None
+
+
+async def until_settled(mesh: MeshClient) -> AsyncIterator[Moving]:
+    """How far the mesh is, again and again, until the votes have moved."""
+    while True:
+        now = await moving(mesh)
+        yield now
+        if now.done:
+            return
+        await asyncio.sleep(0.3)
+
+
+async def plan(mesh: MeshClient, change: MeshChange) -> Plan:
+    """What `change` would do. Raises ChangeRefused if it cannot be made now, MeshUnavailable."""
+    view = await open_view(mesh)
+    after = successor(view, change)
+    videos = [key_subject(row.key) for row in (await mesh.list("video/")).rows]
+    before = view.config
+    return Plan(before, after, len(videos), sum(group(before, v) != group(after, v) for v in videos))
+
+
+async def addition(mesh: MeshClient, address: str) -> AddMember:
+    """The node that waits at `address`, as a new member. Raises UsageError if it cannot become one,
+    NoAnswer."""
+    hello = await mesh.dialer(address, Lane.CONTROL).hello(5.0)
+    if hello.mesh == mesh.mesh and mesh.config.member(hello.node):
+        raise UsageError(f"node {hello.node[:8]} at {address} is a member already")
+    if hello.mesh:
+        raise UsageError(
+            f"the node at {address} belongs to mesh {hello.mesh[:8]}: give it an empty data folder"
+        )
+    return AddMember(Member(hello.node, address, hello.zone, hello.weight, hello.key))
+
+
+async def remove(mesh: MeshClient, member: Member) -> int:
+    """Raises Refused, OutcomeUnknown."""
+    return await mesh.change_mesh(RemoveMember(member.node))
+
+
+async def drain(mesh: MeshClient, member: Member, draining: bool) -> int:
+    """Raises Refused, OutcomeUnknown."""
+    return await mesh.change_mesh(DrainMember(member.node, draining))
+
+
+# -- recovering -------------------------------------------------------------------------------------
+
+
+async def recover(mesh: MeshClient, lost: Sequence[NodeId]) -> Recovered:
+    """Gives up nodes that are gone for good, when no majority is left to remove them.
+
+    Every other member must answer, and takes the new configuration at the operator's word. Then the
+    registers are rebuilt from what is left of their groups. Raises MeshUnavailable, Refused.
+    """
+    view = await open_view(mesh)
+    new = forced(view, lost, os.urandom(16))
+    await asyncio.gather(*(_force(mesh, m, new) for m in new.members))
+    mesh.config = new
+    async for _ in until_settled(mesh):
+        pass
+    eras = view.chain()
+    listing = await mesh.list("video/")
+    known = {key_subject(row.key) for row in listing.rows}
+    gone = set(lost)
+    doubtful = [v for v in sorted(known) if any(_majority_lost(c, v, gone) for c in eras)]
+    held: set[str] = set()
+    for member in new.members:
+        held |= await _holdings(mesh, member.node)
+    return Recovered(mesh.config.epoch, tuple(doubtful), tuple(sorted(held - known)))
+
+
+def _majority_lost(config: Config, video: str, gone: set[NodeId]) -> bool:
+    acceptors = group(config, video)
+    return 2 * sum(n not in gone for n in acceptors) <= len(acceptors)
+
+
+async def _force(mesh: MeshClient, member: Member, config: Config) -> None:
+    deadline = monotonic() + FORCE_WITHIN
+    while True:
+        try:
+            answer = await mesh.dialer(member.address, Lane.CONTROL).request(ForceConfig(config), timeout=5.0)
+            if isinstance(answer.header.body, MeshChanged):
+                return
+            why: VstackError = MeshUnavailable("a strange answer")
+        except (NoAnswer, Refused) as e:
+            why = e
+        if monotonic() > deadline:
+            raise MeshUnavailable(
+                f"node {member.node[:8]} at {member.address} did not take the new configuration: {why}. "
+                "Every node that is not given up must do so: repeat the command when it can"
+            )
+        await asyncio.sleep(0.5)
+
+
+async def _holdings(mesh: MeshClient, node: NodeId) -> set[str]:
+    videos: set[str] = set()
+    after = ""
+    while True:
+        answer = (await mesh.ask(node, GetHoldings(after), timeout=5.0)).header.body
+        if not isinstance(answer, Holdings):
+            raise MeshUnavailable(f"node {node[:8]} does not say what it holds")
+        videos.update(answer.videos)
+        if not answer.more:
+            return videos
+        after = answer.videos[-1]
