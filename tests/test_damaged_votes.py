@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -367,17 +367,21 @@ def log_records(raw: bytes) -> list[tuple[int, int]]:
     return found
 
 
-def test_a_flipped_bit_in_the_length_of_a_log_record_is_not_taken_for_a_torn_tail(
+def test_a_flipped_bit_in_a_log_header_is_no_torn_tail_even_if_the_mark_is_as_old_as_a_power_cut_leaves_it(
     stores: dict[str, Path], tmp_path: Path, judged: Judges
 ) -> None:
-    """RocksDB drops such a record and all after it without a word."""
+    """RocksDB drops a record whose length grew, and all after it, without a word; of another type it takes
+    the record for one that it has to read again, without end."""
     log = log_of(stores["killed"])
+    name = str(log.relative_to(stores["killed"]))
     found = log_records(log.read_bytes())
     for number in (0, len(found) // 2, len(found) - 1):
-        for bit in (0, 6, 7):
-            name = str(log.relative_to(stores["killed"]))
-            copy = damaged(stores["killed"], tmp_path / "votes", name, flip(found[number][0] + 5, bit))
-            assert judged(copy, f"record {number}, bit {bit}") == "refused"
+        for byte, bit in [(5, 0), (5, 6), (5, 7), (4, 3), (0, 1), (3, 7), (6, 0), (6, 1), (6, 2)]:
+            copy = damaged(stores["killed"], tmp_path / "votes", name, flip(found[number][0] + byte, bit))
+            file = MarkFile(copy / "1/mark", Disk())
+            file.write(Mark(1, Manifest(1, 1)))
+            file.close()
+            assert judged(copy, f"record {number}, bit {bit} of byte {byte}") == "refused"
 
 
 def test_headers_tell_a_torn_record_from_a_lengthened_one_and_zeros_at_the_end_from_zeros_inside(
@@ -514,6 +518,30 @@ def test_a_torn_tail_opens_and_only_what_was_never_acknowledged_is_gone(
         copy = damaged(folder, copy, name, cut(size))
         shutil.copy(tmp_path / "mark", copy / "1/mark")
         assert judged(copy, f"not acknowledged, cut to {size}") == "whole"
+
+
+def test_a_process_killed_right_before_or_after_a_mark_leaves_a_store_that_opens(tmp_path: Path) -> None:
+    copies: list[Path] = []
+
+    class Copying(Disk):
+        def write(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+            if copying:
+                copies.append(shutil.copytree(tmp_path / "votes", tmp_path / f"{len(copies)}"))
+            super().write(fd, buffers, offset)
+            if copying:
+                copies.append(shutil.copytree(tmp_path / "votes", tmp_path / f"{len(copies)}"))
+
+    copying = False
+    store = VoteStore(tmp_path / "votes", Copying())
+    copying = True
+    store.commit({key_of(1): record_of(1)})
+    copying = False
+    store.close()
+    assert len(copies) == 2
+    for copy in copies:
+        store = VoteStore(copy)
+        assert store.lookup(key_of(1)) == record_of(1), "its log was written before the mark"
+        store.close()
 
 
 # -- failed commits --------------------------------------------------------------------------------
