@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 from vstack import __version__
-from vstack.cli import interrupt, keys, local, show, verbs
+from vstack.cli import interrupt, keys, local, mesh, show, verbs
 from vstack.errors import UsageError, VstackError
 from vstack.mesh.keys import ADMIN_KEY, find_client_key
 
@@ -89,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     v = verb("status", "health of the mesh, with reasons")
     verb("nodes", "the members, and how they see each other")
+
+    v = verb("mesh", "which machines are in the mesh: plan, add, remove, drain, recover", mesh=False)
+    mesh.add_parser(v, mesh_options)
 
     v = verb("keys", "who may use the mesh: make, list, authorise and revoke keys", mesh=False)
     nouns = v.add_subparsers(dest="action", metavar="ACTION", required=True)

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -75,5 +83,13 @@ def bar(label: str) -> Iterator[Bar]:
         TextColumn("{task.description:<11}"), TextColumn("{task.fields[label]}", markup=False), BarColumn(),
         DownloadColumn(binary_units=True), TransferSpeedColumn(),
     )  # fmt: skip
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        yield Bar(progress, progress.add_task("", total=None, label=plain(label)))
+
+
+@contextmanager
+def counting(label: str) -> Iterator[Bar]:
+    """A progress bar that counts things, on stderr, gone when it is done."""
+    columns = (TextColumn("{task.fields[label]}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         yield Bar(progress, progress.add_task("", total=None, label=plain(label)))

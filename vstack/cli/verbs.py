@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from vstack.cli import catalogue, health, keys, playback, store
+from vstack.cli import catalogue, health, keys, mesh, playback, store
 from vstack.client.mesh_client import MeshClient, connect
 
 VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
@@ -19,10 +19,11 @@ VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
     "status": health.status,
     "nodes": health.nodes,
     "keys": keys.run,
+    "mesh": mesh.run,
 }
 
 
 async def run(options: argparse.Namespace, peers: str, key: Path | None) -> int:
     """Connects, with the client's key in the file `key` or without one, and runs one verb; its exit code."""
-    async with connect(peers, keys=key) as mesh:
-        return await VERBS[options.verb](mesh, options)
+    async with connect(peers, keys=key) as client:
+        return await VERBS[options.verb](client, options)

@@ -51,7 +51,8 @@ class PieceWriter:
                 f"{what(index)} has pieces of {len(pieces[0]) >> 20} MiB, over the bound of "
                 f"{MAX_PIECE >> 20} MiB: its pictures are too large to be cut; --opaque stores the bytes"
             )
-        ranked = order(self._mesh.members, self._video, index)
+        members = [m for m in self._mesh.members if not m.draining]
+        ranked = order(members, self._video, index)
         unusable = {m.node for m in ranked if m.node in self._down or self._mesh.silent(m.node)}
         if len(ranked) - len(unusable) < min(scheme.m, len(ranked)):
             unusable = set()  # too few others: try them again

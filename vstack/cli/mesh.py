@@ -1,0 +1,230 @@
+"""`vstack mesh`: plan, add, remove, drain, recover."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Awaitable, Callable
+
+from vstack.cli import show
+from vstack.client import members
+from vstack.client.members import Moving
+from vstack.client.mesh_client import MeshClient
+from vstack.errors import BadInput, UsageError, VstackError
+from vstack.mesh.changes import DrainMember, MeshChange, RemoveMember
+from vstack.mesh.config import Config
+
+
+async def run(mesh: MeshClient, options: argparse.Namespace) -> int:
+    """One action; its exit code."""
+    return await ACTIONS[options.action](mesh, options)
+
+
+async def plan(mesh: MeshClient, options: argparse.Namespace) -> int:
+    """How far the last change is; with --add, --remove or --drain, what that change would do."""
+    now = await members.moving(mesh)
+    change: MeshChange | None = None
+    if options.add:
+        change = await members.addition(mesh, options.add)
+    elif options.remove:
+        change = RemoveMember(members.find_member(mesh.config, options.remove).node)
+    elif options.drain:
+        change = DrainMember(members.find_member(mesh.config, options.drain).node)
+    planned = None if change is None else await members.plan(mesh, change)
+    if options.json:
+        document: dict[str, object] = {"moving": _moving_json(now), "members": _members_json(mesh.config)}
+        if planned is not None:
+            document["plan"] = {
+                "members": _members_json(planned.after),
+                "videos": planned.videos,
+                "videos_whose_votes_move": planned.moving,
+                "votes_per_register": planned.after.g,
+            }
+        show.print_json(document)
+        return 0
+    _show_moving(now, mesh.config)
+    if planned is not None:
+        before, after = planned.before, planned.after
+        show.out.print(
+            f"the mesh would have {len(after.members)} members instead of {len(before.members)}, "
+            f"{len(after.voters)} of them voting, {after.g} for each register; the votes of "
+            f"{planned.moving} of {planned.videos} videos would move"
+        )
+        show.out.print(_survives(after))
+    return 0
+
+
+async def add(mesh: MeshClient, options: argparse.Namespace) -> int:
+    """Lets in the node that waits at an address."""
+    change = await members.addition(mesh, options.address)
+    epoch = await mesh.change_mesh(change)
+    return await _finish(mesh, options, epoch, f"node {change.member.node[:8]} is a member")
+
+
+async def remove(mesh: MeshClient, options: argparse.Namespace) -> int:
+    """Takes a node out of the mesh."""
+    member = members.find_member(mesh.config, options.node)
+    await _must_not_lose_pieces(mesh, member.node, options)
+    epoch = await members.remove(mesh, member)
+    return await _finish(mesh, options, epoch, f"node {member.node[:8]} is out and may be switched off")
+
+
+async def drain(mesh: MeshClient, options: argparse.Namespace) -> int:
+    """Moves a node's votes elsewhere, or lets it vote again."""
+    member = members.find_member(mesh.config, options.node)
+    epoch = await members.drain(mesh, member, not options.undo)
+    done = "votes again" if options.undo else "votes no more, and gets no new pieces"
+    return await _finish(mesh, options, epoch, f"node {member.node[:8]} {done}")
+
+
+async def recover(mesh: MeshClient, options: argparse.Namespace) -> int:
+    """Gives up nodes that are gone for good, when too few are left to decide anything."""
+    lost = [members.find_member(mesh.config, word.strip()) for word in options.lost.split(",")]
+    _ask(
+        options,
+        f"{len(lost)} nodes are given up for good: {', '.join(m.node[:8] for m in lost)}. They must never "
+        "come back with their data. Registers that had most of their votes on them may lose their latest "
+        "change.",
+    )
+    done = await members.recover(mesh, [m.node for m in lost])
+    if options.json:
+        show.print_json(
+            {"epoch": done.epoch, "doubtful": list(done.doubtful), "given_up": list(done.given_up)}
+        )
+    else:
+        show.out.print(f"the mesh goes on in epoch {done.epoch} with {len(mesh.members)} members")
+        for video in done.doubtful:
+            show.out.print(f"video {video[:12]}: rebuilt from a minority of its votes; check it")
+        for video in done.given_up:
+            show.out.print(f"video {video[:12]}: given up: pieces are there, but no register")
+        if not done.doubtful and not done.given_up:
+            show.out.print("no register had to be given up")
+    return 0
+
+
+ACTIONS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
+    "plan": plan, "add": add, "remove": remove, "drain": drain, "recover": recover,
+}  # fmt: skip
+
+
+def add_parser(v: argparse.ArgumentParser, mesh_options: Callable[[argparse.ArgumentParser], None]) -> None:
+    """The actions of `vstack mesh` and their options."""
+    nouns = v.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, help_: str) -> argparse.ArgumentParser:
+        a = nouns.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
+        a.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document")
+        mesh_options(a)
+        return a
+
+    a = action("plan", "how far the last change is, and what another one would do")
+    group = a.add_mutually_exclusive_group()
+    group.add_argument("--add", metavar="H:P", help="show what letting in the node that waits there would do")
+    group.add_argument("--remove", metavar="NODE", help="show what removing a node would do")
+    group.add_argument("--drain", metavar="NODE", help="show what draining a node would do")
+    a = action("add", "let in the node that waits at an address")
+    a.add_argument("address", metavar="HOST:PORT")
+    _waiting(a)
+    a = action("remove", "take a node out of the mesh; it may be switched off when this is done")
+    a.add_argument("node", metavar="NODE", help="its id, the beginning of it, or its address")
+    a.add_argument("--yes", action="store_true", help="although it still holds pieces")
+    _waiting(a)
+    a = action("drain", "move a node's votes elsewhere, and give it no new pieces")
+    a.add_argument("node", metavar="NODE")
+    a.add_argument("--undo", action="store_true", help="let it vote again")
+    _waiting(a)
+    a = action("recover", "go on without nodes that are gone for good, when no majority is left")
+    a.add_argument("--lost", metavar="NODE,...", required=True, help="the nodes that are given up")
+    a.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _waiting(a: argparse.ArgumentParser) -> None:
+    a.add_argument("--no-wait", action="store_true", help="do not wait until the votes have moved")
+
+
+async def _finish(mesh: MeshClient, options: argparse.Namespace, epoch: int, done: str) -> int:
+    now = await members.moving(mesh)
+    if not options.no_wait:
+        with show.counting("votes are moving") as bar:
+            most = 1
+            async for now in members.until_settled(mesh):
+                left = len({n for nodes in now.waiting.values() for n in nodes})
+                most = max(most, left)
+                bar.update("votes", most - left, most)
+    if options.json:
+        show.print_json({"epoch": epoch, "moving": _moving_json(now), "members": _members_json(mesh.config)})
+    elif now.done:
+        show.out.print(f"{done} (epoch {epoch})")
+    else:
+        show.out.print(
+            f"decided in epoch {epoch}; the votes are still moving: `vstack mesh plan` shows how far"
+        )
+    return 0
+
+
+async def _must_not_lose_pieces(mesh: MeshClient, node: str, options: argparse.Namespace) -> None:
+    if options.yes:
+        return
+    try:
+        pieces = int((await mesh.status(node)).store["pieces"])
+    except VstackError as e:
+        raise BadInput(
+            f"node {node[:8]} does not say what it holds ({e}). If it is gone for good, repeat with --yes"
+        ) from e
+    if pieces:
+        raise BadInput(
+            f"node {node[:8]} still holds {pieces} pieces, which would be missing. If enough copies are "
+            "elsewhere (`vstack info VIDEO`), repeat with --yes"
+        )
+
+
+def _ask(options: argparse.Namespace, text: str) -> None:
+    if options.yes:
+        return
+    show.err.print(text)
+    if not sys.stdin.isatty():
+        raise UsageError("this needs --yes where nobody can be asked")
+    show.err.print("Go on? [y/N] ", end="")
+    if input().strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was changed")
+
+
+def _show_moving(now: Moving, config: Config) -> None:
+    show.out.print(
+        f"epoch {now.epoch}, base {now.base}: {len(config.members)} members, {len(config.voters)} voting"
+    )
+    for node in now.silent:
+        show.out.print(f"  node {node[:8]} does not answer")
+    for node in now.leaving:
+        show.out.print(f"  node {node[:8]} is leaving: its votes are needed until they have moved")
+    for epoch, nodes in sorted(now.waiting.items()):
+        show.out.print(
+            f"  epoch {epoch} is open until some of these are through: {', '.join(n[:8] for n in nodes)}"
+        )
+    if now.done:
+        show.out.print("  nothing is moving")
+
+
+def _survives(config: Config) -> str:
+    n, g = len(config.voters), config.g
+    if n <= 2:
+        return "writes would stop when any voting node fails" if n == 2 else "nothing would survive its loss"
+    return f"each register would survive the loss of any {(g - 1) // 2} nodes"
+
+
+def _moving_json(now: Moving) -> dict[str, object]:
+    return {
+        "done": now.done,
+        "epoch": now.epoch,
+        "base": now.base,
+        "leaving": list(now.leaving),
+        "waiting": {str(e): list(n) for e, n in now.waiting.items()},
+        "silent": list(now.silent),
+    }
+
+
+def _members_json(config: Config) -> list[dict[str, object]]:
+    return [
+        {"node": m.node, "address": m.address, "zone": m.zone, "weight": m.weight, "draining": m.draining}
+        for m in config.members
+    ]
