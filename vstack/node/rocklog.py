@@ -118,6 +118,18 @@ def manifest_of(database: Path) -> Manifest:
     return Manifest(int(number), (database / name.decode().strip()).stat().st_size)
 
 
+def synced_manifest(database: Path, disk: Disk) -> Manifest:
+    """As `manifest_of`, of what is on disk: a compaction may be about to sync what it has just appended,
+    and a mark must not be ahead of that. Raises DamagedData, OSError."""
+    manifest = manifest_of(database)
+    fd = disk.open(database / f"MANIFEST-{manifest.number:06}")
+    try:
+        disk.sync(fd)
+    finally:
+        disk.close(fd)
+    return manifest
+
+
 class Mark(NamedTuple):
     """What a database is known to hold."""
 

@@ -51,7 +51,7 @@ from vstack.errors import DamagedData, VstackError
 from vstack.mesh.config import Config, NodeId, mesh_id, pack_config, unpack_config
 from vstack.mesh.messages import Record, ScanRow
 from vstack.node.disk import Disk
-from vstack.node.rocklog import Mark, MarkFile, check_logs, manifest_of, read_mark
+from vstack.node.rocklog import Mark, MarkFile, check_logs, manifest_of, read_mark, synced_manifest
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class VoteStore:
                 undo.callback(self._db.close)
                 self._mark = MarkFile(generation / "mark", self._disk)
                 undo.callback(self._mark.close)
-                self._manifest = manifest_of(self.folder / "rocks")
+                self._manifest = synced_manifest(self.folder / "rocks", self._disk)
                 self._note()
                 self._chain = self._load_chain()
                 self._met = {row[2:].decode(): body for row, body in self._rows(b"p/")}
@@ -330,7 +330,7 @@ class VoteStore:
     def _flush(self) -> None:
         self._db.flush(wait=True)
         self._unflushed = 0
-        self._manifest = manifest_of(self.folder / "rocks")
+        self._manifest = synced_manifest(self.folder / "rocks", self._disk)
 
     def _note(self) -> None:
         self._noted = Mark(self._db.latest_sequence_number(), self._manifest)
