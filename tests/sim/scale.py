@@ -19,11 +19,12 @@ from typing import Any
 import msgspec
 
 from vstack.mesh import placement
-from vstack.mesh.config import Config, Member, NodeId, View, group
-from vstack.mesh.membership import Gossip, Message, Timing
-from vstack.mesh.messages import Op, Outcome, Ping, Pong, Record, Reply, Request, State
+from vstack.mesh.config import Config, Member, NodeId, View, group, leader
+from vstack.mesh.membership import Gossip, Message
+from vstack.mesh.messages import Found, Ok, Op, Outcome, Ping, Pong, Record, Reply, Request, State
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.paxos.proposer import Proposer
+from vstack.mesh.registers import UploadId, chunk_key, video_key
 
 CORRELATION = 8
 """Bytes of the correlation id in front of each message."""
@@ -56,16 +57,19 @@ class GossipNode:
 
 
 class GossipMesh:
-    """`loss` is the chance that a message disappears; `delay` its mean time in seconds."""
+    """`loss` is the chance that a message disappears; `delay` its mean time in seconds.
+
+    Nodes that are `quiet` have said nothing but what everybody assumes of everybody: as in a mesh that
+    has been up for long, there is no news when the run begins.
+    """
 
     def __init__(
-        self, n: int, seed: int, *, loss: float = 0.0, delay: float = 0.002, timing: Timing | None = None
+        self, n: int, seed: int, *, loss: float = 0.0, delay: float = 0.002, quiet: bool = False
     ) -> None:
         self.rng = Random(seed)
         self.now = 0.0
         self.loss = loss
         self.delay = delay
-        self.timing = timing or Timing()
         self.cut: Callable[[NodeId, NodeId], bool] = lambda sender, to: False
         """Whether messages of one node to another disappear."""
         self.adopts = False
@@ -80,13 +84,14 @@ class GossipMesh:
         self.names = names(n)
         self.nodes: dict[NodeId, GossipNode] = {}
         for name in self.names:
-            self.start(name, boot=1)
+            self.start(name, boot=0 if quiet else 1)
 
     def start(self, name: NodeId, boot: int) -> GossipNode:
         """A new process of the node, which knows nothing but who the members are."""
-        gossip = Gossip(name, boot, Random(self.rng.getrandbits(64)), self.now, self.timing)
+        gossip = Gossip(name, boot, Random(self.rng.getrandbits(64)), self.now)
         gossip.set_members(self.names)
-        gossip.say(1, 1)
+        if boot:
+            gossip.say(1, 1)
         node = self.nodes[name] = GossipNode(name, gossip)
         self._schedule(node)
         return node
@@ -292,6 +297,11 @@ class RegisterMesh:
         self._nodes: dict[NodeId, tuple[Acceptor, Proposer]] = {}
         self._operations = 0
 
+    @property
+    def started(self) -> tuple[NodeId, ...]:
+        """Nodes that had anything to do so far."""
+        return tuple(self._nodes)
+
     def node(self, name: NodeId) -> tuple[Acceptor, Proposer]:
         """Started when it is first needed: nobody else ever hears of a register."""
         if name not in self._nodes:
@@ -338,6 +348,31 @@ class RegisterMesh:
         proposer.outbox = []
 
 
+def measure_decisions(n: int) -> dict[str, int]:
+    """Messages between nodes for one decision, without contention. Raises AssertionError if an
+    operation does not end as it should."""
+    mesh = RegisterMesh(n)
+    video = video_id(0)
+    acceptors = group(mesh.config, video)
+    other = next(node for node in mesh.config.nodes if node not in acceptors)
+    costs: dict[str, int] = {}
+
+    def decide(what: str, through: NodeId, key: str, expect: int | None, data: bytes | None) -> None:
+        outcome, costs[what] = mesh.decide(through, key, expect, data)
+        assert isinstance(outcome, Ok if data is not None else Found), outcome
+
+    create = chunk_key(video, UploadId(1, (1 << 20) + 1), 0)
+    first = leader(mesh.config, create)
+    assert first is not None
+    decide("fast create, through the leader", first, create, 0, b"chunk")
+    decide("full way, through a node of the group", acceptors[0], video_key(video), 0, b"video")
+    elsewhere = next(v for v in map(video_id, range(1, 1000)) if other not in group(mesh.config, v))
+    decide("full way, through any other node", other, video_key(elsewhere), 0, b"video")
+    decide("quorum read, through a node of the group", acceptors[1], video_key(video), None, None)
+    decide("quorum read, through any other node", other, video_key(video), None, None)
+    return costs
+
+
 # -- balance ------------------------------------------------------------------------------------------
 
 
@@ -370,11 +405,12 @@ def drawn_balance(n: int, g: int, videos: int, seed: int = 1) -> float:
     return max(load.values()) / (load.total() / n)
 
 
-def piece_balance(all_members: Sequence[Member], chunks: int, pieces: int) -> float:
-    """The most that a node holds over its share of all pieces by weight."""
-    load: Counter[NodeId] = Counter()
+def piece_balance(all_members: Sequence[Member], chunks: int, pieces: Sequence[int]) -> list[float]:
+    """The most that a node holds over its share by weight, for each number of pieces of a chunk."""
+    loads: list[Counter[NodeId]] = [Counter() for _ in pieces]
     for i in range(chunks):
-        ranked = placement.order(all_members, video_id(i // 100), i % 100)
-        load.update(m.node for m in ranked[:pieces])
+        ranked = [m.node for m in placement.order(all_members, video_id(i // 100), i % 100)]
+        for count, load in zip(pieces, loads, strict=True):
+            load.update(ranked[:count])
     weight = sum(m.weight for m in all_members)
-    return max(load[m.node] / (load.total() * m.weight / weight) for m in all_members)
+    return [max(load[m.node] / (load.total() * m.weight / weight) for m in all_members) for load in loads]
