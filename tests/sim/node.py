@@ -106,6 +106,8 @@ class Node:
         self.alive = False
         self.gone = False
         """It does not come back by itself."""
+        self.reserved_until = 0.0
+        """Somebody is about to make it a member."""
         self.start()
 
     @property
@@ -140,12 +142,12 @@ class Node:
         self.wake_at = float("inf")
         self.forming: Forming | None = None
         world.watcher.started(disk.node, self.replica.view.epoch)
-        if world.profile.forming and not disk.chain and world.forming_list:
+        if self.address in world.forming_list and not disk.chain:
             make = variant.forming
             self.forming = make(
                 disk.node, disk.boot, world.forming_list, acceptor, Random(world.rng.getrandbits(32))
             )
-            self._greet(self.life)
+            world.at(world.now + world.rng.uniform(0, HELLO_EVERY), self._greet, self.life)
         if world.profile.gossip:
             world.at(world.now + world.rng.uniform(0, world.profile.gossip), self._gossip, self.life)
 
@@ -314,7 +316,7 @@ class Node:
 
     def _greet(self, life: object) -> None:
         world = self.world
-        if life is not self.life or self.forming is None:
+        if life is not self.life or self.forming is None or world.quiet():
             return
         for address in world.forming_list:
             if address == self.address:

@@ -30,6 +30,8 @@ from vstack.mesh.paxos.replica import Replica, Storage
 
 SETTLED = 90.0
 """Virtual seconds in which the mesh comes to rest once there are no faults."""
+LAST_CHANGE = 8.0
+"""Virtual seconds after which no change goes on that was under way when faults stopped."""
 MAX_EVENTS = 400_000
 
 
@@ -345,6 +347,7 @@ class World:
             and (m.replica.view.epoch == 0 or m.replica.may_leave)
             and m.name not in self.lost
             and m.forming is None
+            and m.reserved_until <= self.now
             and not any(m is lost for lost in self.lost.values())
         ]
         if not free:
@@ -355,6 +358,7 @@ class World:
                 machine.crash()
             self._rename(machine)
         machine.gone = False
+        machine.reserved_until = self.now + LAST_CHANGE
         self._restart(machine)
         return machine
 
@@ -363,6 +367,7 @@ class World:
         newest = self.watcher.chain[self.watcher.newest].nodes
         early = self.variant.leaves_early and node.name not in node.replica.view.config.nodes
         may = node.replica.may_leave and node.name not in newest and self.rng.random() < 0.1
+        may = may and node.reserved_until <= self.now
         if (may or early) and not self.healed and node.replica.view.epoch:
             self.note("retire", node.name)
             node.crash()
@@ -433,7 +438,7 @@ class World:
 
     def quiet(self) -> bool:
         """Nobody needs to be told anything any more."""
-        return self.healed and self.at_rest()
+        return self.healed and self.now > self.profile.horizon + LAST_CHANGE and self.at_rest()
 
     def _check_rest(self) -> None:
         if self.profile.gossip and not self.at_rest():
@@ -590,6 +595,8 @@ class World:
                 self.at(self.now + 0.2, self._disaster)
             return
         dead = self.rng.sample(members, len(members) // 2 + 1)
+        if set(config.voters) <= {n.name for n in dead}:
+            return  # nobody who votes is left: nothing can be recovered
         for node in dead:
             if node.alive:
                 node.crash()

@@ -47,6 +47,8 @@ HELD_FOR = 2.0
 """Seconds that a request waits for the configuration it was made under."""
 FETCH_EVERY = 0.25
 """Seconds between two questions for the chain."""
+FETCH_TRIES = 8
+"""Questions to one node that it may leave unanswered, until it is heard of again."""
 SETTLE_WINDOW = 256
 """Keys that are being settled at once."""
 SETTLE_PAGES = 16
@@ -138,6 +140,8 @@ class Replica:
         self._held: list[Held] = []
         self._wanted_from: dict[NodeId, int] = {}
         """Nodes that spoke of an epoch newer than ours, and which."""
+        self._unanswered: dict[NodeId, int] = {}
+        """Questions to nodes in `_wanted_from` since they last answered."""
         self._fetch_at = 0.0
         self._rounds = Rounds()
         self._decree: Decree | None = None
@@ -286,10 +290,15 @@ class Replica:
         self._wanted_from = {n: e for n, e in self._wanted_from.items() if e > self.view.epoch}
         if self._wanted_from and now >= self._fetch_at:
             self._fetch_at = now + FETCH_EVERY
-            self.fetch.append(self._rng.choice(sorted(self._wanted_from)))
+            node = self._rng.choice(sorted(self._wanted_from))
+            self.fetch.append(node)
+            self._unanswered[node] = self._unanswered.get(node, 0) + 1
+            if self._unanswered[node] == FETCH_TRIES:  # it may be gone for good
+                del self._unanswered[node], self._wanted_from[node]
 
     def on_chain(self, sender: NodeId, configs: Sequence[Config], now: float) -> list[Config]:
         """The decided chain, or a part of it, as another node has it. Returns what was adopted."""
+        self._unanswered.pop(sender, None)
         new: list[Config] = []
         epoch = self.view.epoch
         for config in sorted(configs, key=lambda c: c.epoch):
