@@ -17,6 +17,7 @@ from vstack.mesh.messages import (
     Envelope,
     ForceConfig,
     GetConfig,
+    GetHoldings,
     GetPiece,
     GetStatus,
     Hello,
@@ -49,6 +50,7 @@ MESSAGES: dict[str, Body] = {
     "hello": Hello(PROTOCOL_VERSION, "", "client"),
     "config": GetConfig(),
     "status": GetStatus(),
+    "holdings": GetHoldings(),
     "list": List("video/"),
     "get": GetPiece(PIECE, 0, 1),
     "viewed": Viewed("a" * 64, bytes(16)),
@@ -63,7 +65,7 @@ MESSAGES: dict[str, Body] = {
     "envelope": Envelope(()),
     "scan": Scan("video/", "", 1, 1),
 }
-READS = {"hello", "config", "status", "list", "get", "viewed", "read"}
+READS = {"hello", "config", "status", "holdings", "list", "get", "viewed", "read"}
 WRITES = READS | {"write", "delete", "put"}
 STRANGE = {"hello", "config", "join", "ping"}
 MAY = {
