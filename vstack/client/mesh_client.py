@@ -224,8 +224,11 @@ class MeshClient:
         reason), OutcomeUnknown after `patience` seconds.
         """
         request = os.urandom(16)
+        begun = self.config.epoch
         deadline = monotonic() + patience
         why: VstackError = MeshUnavailable("the mesh has no members")
+        doubt = False
+        """Whether some node may have made it."""
         while True:
             for node in sorted(self.config.nodes, key=self.silent):
                 left = deadline - monotonic()
@@ -235,23 +238,27 @@ class MeshClient:
                 try:
                     answer = await self.ask(node, body, timeout=left)
                 except NoAnswer as e:
-                    why = e
+                    why, doubt = e, True
                     continue
                 except Refused as e:
-                    if e.code not in ("epoch", "busy", "forming"):
-                        raise
                     why = e
-                    made_in = await self._learn_whether_made(node, request, change)
-                    if made_in is not None:
-                        return made_in
+                    overtaken = e.code in ("epoch", "busy", "forming")
+                    if overtaken or doubt:
+                        made_in = await self._learn_whether_made(node, begun, request, change)
+                        if made_in is not None:
+                            return made_in
+                    if not overtaken:
+                        raise
                     continue
                 return _expect(MeshChanged, answer).epoch
             await asyncio.sleep(0.1)
 
-    async def _learn_whether_made(self, node: NodeId, request: bytes, change: MeshChange) -> int | None:
-        """Takes newer configurations from `node`; the epoch that has the change, None if none has."""
+    async def _learn_whether_made(
+        self, node: NodeId, after: int, request: bytes, change: MeshChange
+    ) -> int | None:
+        """Takes the configurations after an epoch from `node`; the one that has the change, None if none."""
         try:
-            question = GetConfig(self.config.epoch)
+            question = GetConfig(after)
             chain = _expect(Chain, await self.ask(node, question, timeout=FIRST_ANSWER))
         except (NoAnswer, Refused):
             return None
