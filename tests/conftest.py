@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 
@@ -13,3 +15,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def soak_seconds(request: pytest.FixtureRequest) -> float:
     """How long a soak may load its mesh."""
     return 600.0 if request.config.getoption("--long") else 25.0
+
+
+@pytest.fixture
+def registers_soak_seconds(request: pytest.FixtureRequest) -> float:
+    """How long the soak of registers may go on."""
+    return 600.0 if request.config.getoption("--long") else float(os.environ.get("VSTACK_SOAK", "120"))

@@ -30,7 +30,7 @@ from vstack.mesh.messages import (
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.transport import Incoming, Lane, Session
 from vstack.node.server import Node as Server
-from vstack.node.server import NodeSettings
+from vstack.node.settings import NodeSettings
 
 SEEDS = 400
 

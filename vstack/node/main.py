@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import tomllib
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from vstack.errors import UsageError, VstackError
 from vstack.mesh.messages import MAX_WEIGHT, MAX_ZONE
 from vstack.mesh.transport import parse_address
 from vstack.node.disk import Disk
-from vstack.node.server import Node, NodeSettings, NotOurMesh
+from vstack.node.server import Node
+from vstack.node.settings import NodeSettings, NotOurMesh, Removed
+from vstack.node.votes import VoteStore
 
 EPILOG = """\
 All machines of one mesh are started with the same list of --peers; the first time, they
@@ -67,6 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         default=None,
         help="stop when stdin closes: for a program that starts nodes and must leave none behind",
+    )
+    p.add_argument(
+        "--rejoin",
+        action="store_true",
+        default=None,
+        help="set retired or damaged votes aside and join as a new member; the pieces stay",
+    )
+    p.add_argument(
+        "--found", action="store_true", default=None, help="found a mesh of one, whatever the peers say"
     )
     p.add_argument("--version", action="version", version=f"vstack-node {__version__}")
     return p
@@ -130,7 +142,16 @@ def settings_from(options: dict[str, Any]) -> NodeSettings:
     if len(options.get("zone", "")) > MAX_ZONE:
         raise UsageError(f"--zone may have {MAX_ZONE} characters")
     zone = options.get("zone", "")
-    return NodeSettings(listen, advertise, options["data"], peers, zone, weight, options.get("vote_journal"))
+    return NodeSettings(
+        listen,
+        advertise,
+        options["data"],
+        peers,
+        zone,
+        weight,
+        options.get("vote_journal"),
+        found=bool(options.get("found")),
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -151,6 +172,25 @@ def claim(folder: Path) -> int:
         ) from None
     except OSError as e:
         raise UsageError(f"cannot use {folder} as data directory: {e.strerror}") from e
+
+
+def set_votes_aside(folder: Path) -> None:
+    """For `--rejoin`: what must not vote any more makes room for a new identity. Raises UsageError if
+    the votes are good, or cannot be moved."""
+    votes = folder / "votes"
+    if not votes.exists():
+        return
+    try:
+        VoteStore(votes).close()
+    except VstackError as e:
+        aside = next(p for i in count(1) if not (p := folder / f"votes.aside-{i}").exists())
+        logging.getLogger(__name__).warning("%s: set aside as %s", e, aside)
+        try:
+            votes.rename(aside)
+        except OSError as error:
+            raise UsageError(f"{votes} cannot be renamed: {error.strerror}") from error
+    else:
+        raise UsageError(f"the votes in {votes} are good: start without --rejoin")
 
 
 class JsonLog(logging.Formatter):
@@ -198,12 +238,17 @@ def main(argv: list[str] | None = None) -> None:
         settings = settings_from(options)
         set_up_log(options.get("log_format", "text"))
         claim(settings.data)
+        if options.get("rejoin"):
+            set_votes_aside(settings.data)
         node = Node(settings, announce)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: node.stop())
         if options.get("with_parent"):
             threading.Thread(target=_stop_with_stdin, args=(node,), daemon=True).start()
         node.run()
+    except Removed as e:
+        print(f"vstack-node: {e}", file=sys.stderr)
+        sys.exit(0)
     except VstackError as e:
         print(f"vstack-node: {e}", file=sys.stderr)
         sys.exit(e.exit_code if e.exit_code in (2, 3, 4) else 1)

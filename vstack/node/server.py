@@ -79,9 +79,7 @@ from vstack.node.entrance import Entrance
 from vstack.node.journal import Journal
 from vstack.node.listing import Gather, Listings
 from vstack.node.peers import Peers
-from vstack.node.settings import NodeSettings as NodeSettings
-from vstack.node.settings import NotOurMesh as NotOurMesh
-from vstack.node.settings import Removed as Removed
+from vstack.node.settings import NodeSettings, NotOurMesh, Removed
 from vstack.node.store import ChunkStore
 from vstack.node.votes import VoteStore
 from vstack.node.workers import PieceWorkers
