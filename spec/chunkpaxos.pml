@@ -213,6 +213,7 @@ inline write(a, new_promised, new_accepted) {
 
 /* The value of b is made of that of v, and Accept(b) goes out. */
 inline propose(b, v) {
+    printf("ballot %d: proposed upon %d\n", b, v);
     INVARIANT(I3, base[b] == UNSENT || base[b] == v);
     base[b] = v;
     FORGET_PROMISES(b);
@@ -220,6 +221,7 @@ inline propose(b, v) {
 }
 
 inline vote(a, b, new_promised) {
+    printf("ballot %d: vote of node %d\n", b, a);
     write(a, new_promised, b);
     votes[b] = (ONES(votes[b] | 1 << a) >= VOTES_NEEDED -> CHOSEN : votes[b] | 1 << a);
     check()
@@ -229,11 +231,13 @@ inline vote(a, b, new_promised) {
 #define ON_PREPARE(a, b) \
     :: d_step { \
         b > PREPARE_FLOOR(a) -> \
+            printf("ballot %d: promise of node %d, which has accepted %d\n", b, a, accepted[a]); \
             write(a, b, accepted[a]); \
             PROMISE(b, a) = (MAY_PROPOSE(b) -> PROMISE(b, a) | 1 << accepted[a] : 0) \
     } \
     :: d_step { \
         MAY_PROPOSE(b) && b == promised[a] && b > accepted[a] && !BIT(PROMISE(b, a), accepted[a]) -> \
+            printf("ballot %d: another promise of node %d, which has accepted %d\n", b, a, accepted[a]); \
             PROMISE(b, a) = PROMISE(b, a) | 1 << accepted[a] \
     }
 
@@ -254,6 +258,7 @@ inline vote(a, b, new_promised) {
 #define ON_READ(a) \
     :: d_step { \
         read_from == 0 -> \
+            printf("read: begins, node %d has accepted %d\n", a, accepted[a]); \
             chosen_before = ZERO; \
             for (x : 1 .. LAST) { \
                 if \
@@ -266,6 +271,7 @@ inline vote(a, b, new_promised) {
     } \
     :: d_step { \
         read_from != 0 && !BIT(read_from, a) && COUNTS(a) -> \
+            printf("read: node %d has accepted %d\n", a, accepted[a]); \
             read_ballot = (accepted[a] > read_ballot -> accepted[a] : read_ballot); \
             read_from = read_from | 1 << a; \
             if \
@@ -320,7 +326,11 @@ inline vote(a, b, new_promised) {
 
 #ifdef PROMISES_IN_MEMORY
 #define ON_CRASH(a) \
-    :: d_step { promised[a] > accepted[a] -> write(a, accepted[a], accepted[a]) }
+    :: d_step { \
+        promised[a] > accepted[a] -> \
+            printf("crash of node %d\n", a); \
+            write(a, accepted[a], accepted[a]) \
+    }
 #else
 #define ON_CRASH(a)
 #endif
