@@ -160,6 +160,23 @@ def test_whoever_is_told_less_than_it_knows_answers_with_what_it_knows() -> None
     assert about(C, answer) == up(C, incarnation=7, epoch=3)
 
 
+def test_whoever_tells_less_of_the_same_incarnation_is_answered_with_more() -> None:
+    g = gossip(B, C, D)
+    told(g, Statement(raw(C), 1, 0, State.DOWN, 2, 2))
+    for less in (Statement(raw(C), 1, 0, State.SUSPECT, 2, 2, 5), Statement(raw(C), 1, 0, State.DOWN, 1, 2)):
+        assert about(C, told(g, less, by=D)) == g.statement(C)
+
+
+def test_two_who_suspect_a_member_tell_each_other_whose_suspicion_it_is() -> None:
+    answers = set()
+    for seed in range(8):
+        g = gossip(B, C, D)
+        told(g, Statement(raw(C), 1, 0, State.SUSPECT, by=5))
+        g._rng = Random(seed)
+        answers.add(about(C, told(g, Statement(raw(C), 1, 0, State.SUSPECT, by=6), by=D)).by)
+    assert answers == {5, 6}
+
+
 def test_a_statement_that_is_behind_rides_on_pings_until_a_newer_one_is_known() -> None:
     g = gossip(B, C)
     g.say(2, 2)
@@ -581,7 +598,6 @@ def test_news_are_sent_a_bounded_number_of_times_and_the_own_statement_always() 
     told(g, Statement(raw(C), 1, 1, State.UP), by=B)
     carried = 0
     for _ in range(50):
-        g._refresh = 0
         g._ring = [g._peers[raw(B)]]  # nothing but news may carry it
         g.on_ping(B, Ping(1, ()), START)
         _, answer = g.outbox.pop()

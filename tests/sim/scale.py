@@ -226,12 +226,13 @@ class GossipFigures:
 
 
 def measure_gossip(n: int, seed: int = 1, steady: float = 20.0) -> GossipFigures:
-    """One mesh: start, quiet time, an epoch that one node announces, a crash."""
+    """A start of all nodes at once; then, in a mesh that has been up for long, an epoch that one node
+    announces, quiet time, and a crash."""
     mesh = GossipMesh(n, seed)
     acquainted = _time(mesh, lambda: mesh.all_know_all(1), 400.0, 1.0)
-    _time(mesh, mesh.is_quiet, 400.0, 1.0)
-    messages, quiet_bytes = _rates(mesh, lambda: mesh.run(steady))
 
+    mesh = GossipMesh(n, seed, quiet=True)
+    mesh.run(2.0)
     mesh.adopts = True
     began = mesh.now
     mesh.nodes[mesh.names[0]].gossip.say(2, 2)
@@ -250,6 +251,7 @@ def measure_gossip(n: int, seed: int = 1, steady: float = 20.0) -> GossipFigures
 
     change_messages, change_bytes = _rates(mesh, spread)
     _time(mesh, mesh.is_quiet, 400.0, 1.0)
+    messages, quiet_bytes = _rates(mesh, lambda: mesh.run(steady))
 
     victim = mesh.names[-1]
     mesh.crash(victim)

@@ -494,9 +494,13 @@ class Gossip:
             joined = join(known, said)
             if joined != known:
                 self._believe(peer, joined)
-            if (said.boot, said.incarnation) < (joined.boot, joined.incarnation):
+            if joined != msgspec.structs.replace(said, by=0):
                 stale.append(peer.id)
-            elif said.state is joined.state is State.SUSPECT:
+            if said.state is State.SUSPECT and (said.boot, said.incarnation, said.state) == (
+                joined.boot,
+                joined.incarnation,
+                joined.state,
+            ):
                 self._accuse(peer, said.by, now)
         return stale
 
@@ -611,23 +615,27 @@ class Gossip:
         self, to: Peer, stale: Iterable[bytes] = (), said: Iterable[Statement] = (), ask: int = 0
     ) -> tuple[Statement, ...]:
         """What rides along: of this node; of the receiver if it must object; of whom it knows less; up
-        to `ask` that are behind; the news that were sent least, but for what the receiver just `said`;
-        then a few in turn."""
+        to `ask` that are behind; the news that were sent least, but for those that the receiver just
+        `said`; then a few in turn."""
         chosen: dict[bytes, None] = {}
         if to.statement.state is not State.UP:
             chosen[to.id] = None
         most = MAX_UPDATES - 1
         for id_ in islice(chain(stale, self._asked(ask)), most - len(chosen)):
             chosen[id_] = None
-        echo = {s.node for s in said}
-        news = (i for i in chain.from_iterable(self._news) if i not in echo and i not in chosen)
+        heard = {s.node: s for s in said}
+        news = (
+            i
+            for i in chain.from_iterable(self._news)
+            if i not in chosen and heard.get(i) != self._peers[i].statement
+        )
         for id_ in list(islice(news, most - len(chosen))):
             chosen[id_] = None
             self._sent_on(self._peers[id_])
         for _ in range(min(REFRESH, most - len(chosen), len(self._ring))):
             self._refresh = (self._refresh + 1) % len(self._ring)
             other = self._ring[self._refresh]
-            if other.statement.boot and other is not to:
+            if other is not to:
                 chosen[other.id] = None
         self.counters["updates"] += 1 + len(chosen)
         return (self._own, *(self._spoken(self._peers[i]) for i in chosen))
