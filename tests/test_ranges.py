@@ -157,9 +157,9 @@ def test_a_listing_of_videos_is_complete_if_no_group_can_have_lost_its_majority(
         assert merge(view, "video/", replies, 10).complete == (silent <= may_be_silent)
 
 
-def test_a_listing_of_one_videos_chunks_asks_its_group_and_needs_a_majority_of_it() -> None:
+@pytest.mark.parametrize("prefix", [f"chunk/{'b' * 64}/1.2/", f"views/{'b' * 64}/", f"video/{'b' * 64}"])
+def test_a_listing_of_one_videos_registers_asks_its_group_and_needs_a_majority_of_it(prefix: str) -> None:
     view = View((config(9),))
-    prefix = f"chunk/{'b' * 64}/1.2/"
     acceptors = askers(view, prefix)
     assert acceptors == group(view.config, key_subject(prefix))
     assert len(acceptors) == 5
@@ -169,9 +169,11 @@ def test_a_listing_of_one_videos_chunks_asks_its_group_and_needs_a_majority_of_i
         assert merge(view, prefix, {**replies, **strangers}, 10).complete == (answered >= 3)
 
 
-@pytest.mark.parametrize("prefix", ["chunk/", f"chunk/{'b' * 63}", f"chunk/{'b' * 63}/"])
-def test_chunks_of_more_than_one_video_have_more_than_one_group(prefix: str) -> None:
+@pytest.mark.parametrize("rest", ["", "b" * 63, f"{'b' * 63}/"])
+@pytest.mark.parametrize("kind", ["chunk", "views", "video"])
+def test_registers_of_more_than_one_video_have_more_than_one_group(kind: str, rest: str) -> None:
     view = View((config(9),))
+    prefix = f"{kind}/{rest}"
     assert set(askers(view, prefix)) == set(NODES)
     assert not merge(view, prefix, {n: page() for n in NODES[:5]}, 10).complete
     assert merge(view, prefix, {n: page() for n in NODES[:7]}, 10).complete

@@ -1,6 +1,6 @@
 """What the registers hold: the catalogue's records, their keys, and the names of pieces.
 
-Pure data. A register's value is one of `VideoRecord` or `ChunkRecord`, packed by `pack` and
+Pure data. A register's value is a `VideoRecord`, a `ChunkRecord` or a `ViewRecord`, packed by `pack` and
 bounded by `MAX_RECORD` bytes, so that a quorum read stays one small message. Times inside a
 video are integers in ticks of the video's `clock` (seconds = ticks * num / den), because a
 register must give a chunk's start exactly.
@@ -9,6 +9,7 @@ Keys (CHUNKPAXOS, section 1):
 
     video/<video id>                                    one per video
     chunk/<video id>/<epoch>.<version>/<index, 8 digits>   one per chunk of one upload
+    views/<video id>/<day>                              one per video and day on which it was seen
 
 Zero-padded, so that the chunk table of an upload is one contiguous range.
 """
@@ -17,9 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from vstack.errors import BadInput
 
@@ -223,6 +225,30 @@ class VideoRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """SHA-256 of the packed chunk table (`table_hash`)."""
 
 
+class Slot(NamedTuple):
+    """Views that one process of one node has counted. Nobody else raises this slot."""
+
+    node: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    """The 16 bytes of the NodeId."""
+    boot: Annotated[int, Meta(ge=0)]
+    """Of that process; 0: the sum of processes of the node that have ended."""
+    views: Annotated[int, Meta(ge=0)]
+
+
+class ViewRecord(msgspec.Struct, frozen=True, array_like=True):
+    """Value of the register of a video's views on one day: a slot for each (node, boot), in this order."""
+
+    slots: tuple[Slot, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(s.views for s in self.slots)
+
+    def of(self, node: bytes, boot: int) -> int:
+        """What that slot holds; 0 if there is none."""
+        return next((s.views for s in self.slots if (s.node, s.boot) == (node, boot)), 0)
+
+
 EPOCH_SHIFT = 20
 """A register's version is at least `epoch << EPOCH_SHIFT` of the epoch that produced it."""
 
@@ -235,13 +261,14 @@ def upload_id(record: VideoRecord, version: int) -> UploadId:
 _encode = msgspec.msgpack.Encoder().encode
 _decode_video = msgspec.msgpack.Decoder(VideoRecord).decode
 _decode_chunk = msgspec.msgpack.Decoder(ChunkRecord).decode
+_decode_views = msgspec.msgpack.Decoder(ViewRecord).decode
 
 
 class RecordTooLarge(BadInput, ValueError):
     """What would have to be written into a register does not fit."""
 
 
-def pack(record: VideoRecord | ChunkRecord) -> bytes:
+def pack(record: VideoRecord | ChunkRecord | ViewRecord) -> bytes:
     """Raises RecordTooLarge if the packed record is larger than MAX_RECORD."""
     raw = _encode(record)
     if len(raw) > MAX_RECORD:
@@ -262,6 +289,11 @@ def unpack_chunk(raw: bytes) -> ChunkRecord:
     return _decode_chunk(raw)
 
 
+def unpack_views(raw: bytes) -> ViewRecord:
+    """Raises msgspec.DecodeError."""
+    return _decode_views(raw)
+
+
 def video_key(video: str) -> str:
     return f"video/{video}"
 
@@ -272,6 +304,15 @@ def chunk_prefix(video: str, upload: UploadId) -> str:
 
 def chunk_key(video: str, upload: UploadId, index: int) -> str:
     return f"chunk/{video}/{upload}/{index:08d}"
+
+
+def views_prefix(video: str) -> str:
+    return f"views/{video}/"
+
+
+def views_key(video: str, day: int) -> str:
+    """`day` counts from 1970-01-01, by the clock of whoever counts the view: it is only a label."""
+    return f"views/{video}/{day}"
 
 
 def table_hash(entries: list[ChunkEntry]) -> bytes:

@@ -41,7 +41,7 @@ def askers(view: View, prefix: str) -> tuple[NodeId, ...]:
 
 def _of_one_video(prefix: str) -> bool:
     """Whether all keys below `prefix` have one subject: not so while the video id is cut short."""
-    return prefix.startswith("chunk/") and len(key_subject(prefix)) == VIDEO_ID
+    return len(key_subject(prefix)) == VIDEO_ID
 
 
 def merge(view: View, prefix: str, replies: Mapping[NodeId, ScanReply], limit: int) -> Merged:
