@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from random import Random
-from time import monotonic
+from time import monotonic, time
 
 import msgspec
 
@@ -56,6 +56,7 @@ from vstack.mesh.messages import (
     Join,
     List,
     MeshChanged,
+    Noted,
     Outcome,
     Outcomes,
     PeerStatus,
@@ -71,6 +72,7 @@ from vstack.mesh.messages import (
     State,
     Status,
     Submit,
+    Viewed,
 )
 from vstack.mesh.paxos.replica import Replica
 from vstack.mesh.registers import PIECE_KEY_BYTES
@@ -81,6 +83,7 @@ from vstack.node.listing import Gather, Listings
 from vstack.node.peers import Peers
 from vstack.node.settings import NodeSettings, NotOurMesh, Removed
 from vstack.node.store import ChunkStore
+from vstack.node.views import Views
 from vstack.node.votes import VoteStore
 from vstack.node.workers import PieceWorkers
 
@@ -95,6 +98,11 @@ MAX_LISTINGS = 4
 MAX_OPS_IN_FLIGHT = 20_000
 MAX_HOLDINGS = 200
 """Videos in one answer about what a node holds."""
+VIEW_PATIENCE = 5.0
+"""Seconds that one step of writing views has."""
+LAST_VIEWS = 2.0
+"""Seconds that a node which is asked to stop goes on for, at most, to write the views it has noted."""
+DAY = 86_400
 CHAIN_BYTES = 512 * 1024
 """Bytes of configurations in one answer."""
 
@@ -144,6 +152,7 @@ class Node:
         self._replies: list[tuple[Incoming, Body, bytes | memoryview]] = []
         self._scans: list[Incoming] = []
         self._listings = Listings(self.me, self.view, self.proposer, self._scan)
+        self._views = Views(self.me, self.votes.boot, self.view, self._rng)
         self._said_waiting = ""
         self._update_at = 0.0
         self._counters: Counter[str] = Counter()
@@ -165,6 +174,10 @@ class Node:
         try:
             while not self._stopping:
                 self._turn()
+            until = monotonic() + LAST_VIEWS
+            while self._views.unwritten and monotonic() < until:
+                self._views.hurry(monotonic())
+                self._turn()
         finally:
             self._workers.close()
             self.transport.close()
@@ -184,6 +197,7 @@ class Node:
         self._listings.tick(now)
         self.replica.tick(now)
         self._collect_outcomes(now)
+        self._write_views(now)
         self._gossip(now)
         self._commit()
         self._flush()
@@ -356,6 +370,8 @@ class Node:
                 self._reply(request, Failure("refused", "only members of the mesh are shown raw votes"))
         elif isinstance(body, List):
             self._on_list(request, body, now)
+        elif isinstance(body, Viewed):
+            self._on_viewed(request, body, now)
         elif isinstance(body, GetHoldings):
             self._reply(request, self._holdings(body.after))
         elif isinstance(body, Join):
@@ -444,6 +460,17 @@ class Node:
         for i, op in enumerate(submit.ops):
             self.proposer.submit(op, now, request.deadline, (batch, i))
 
+    def _on_viewed(self, request: Incoming, m: Viewed, now: float) -> None:
+        if self._stopping or not self._views.note(m.video, m.id, int(time() // DAY), now):
+            self._reply(request, Failure("busy", "this node counts no more views just now"))
+        else:
+            self._reply(request, Noted())
+
+    def _write_views(self, now: float) -> None:
+        self._views.tick(now)
+        for key, op in self._views.take():
+            self.proposer.submit(op, now, now + VIEW_PATIENCE, (self._views, key))
+
     def _collect_outcomes(self, now: float) -> None:
         for tag, outcome in self.replica.take_done():
             assert isinstance(tag, tuple)
@@ -455,6 +482,8 @@ class Node:
                     self._reply(owner.request, Outcomes(tuple(o for o in owner.outcomes if o is not None)))
             elif isinstance(owner, Gather):
                 self._listings.on_read(owner, which, outcome)
+            elif isinstance(owner, Views):
+                owner.on_outcome(which, outcome, now)
         for to, answer in self.replica.changes:
             self._answer_change(to, answer)
         self.replica.changes = []
@@ -627,6 +656,7 @@ class Node:
             ("paxos", self.proposer.counters),
             ("chain", self.replica.counters),
             ("gossip", self.peers.gossip.counters),
+            ("views", self._views.counters),
         ):
             counters.update({f"{prefix}.{k}": v for k, v in more.items()})
         counters["paxos.in_flight"] = self.proposer.in_flight
