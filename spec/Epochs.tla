@@ -318,6 +318,16 @@ I8 == \A x \in Ballots :
         /\ IsFast(x) /\ voted[x] # {} => EpochOf(x) = KeyEpoch /\ Leader \in voted[x]
 I8Absent == [][\A x \in Fast : \A n \in voted'[x] \ voted[x] : promised[n] = ZERO /\ accepted[n] = ZERO]_vars
 
+(* Not an invariant: TLC must find what it denies, or the rest holds for want of anything happening. *)
+(* A value was chosen in the first group, base moved past that group, a holder dropped its record,   *)
+(* and the newest epoch has chosen a successor of the value.                                         *)
+NothingMoves ==
+    ~ \E x, y \in Ballots :
+        /\ EpochOf(x) = 1 /\ Chosen(x)
+        /\ EpochOf(y) = Len(Groups) /\ Chosen(y) /\ from[y] >= x
+        /\ Decided = Len(Groups) /\ base[Decided] > 1
+        /\ \E n \in voted[x] : promised[n] = ZERO
+
 -----------------------------------------------------------------------------
 (* Scenarios, named by the configuration files.                              *)
 
