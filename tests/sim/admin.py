@@ -80,7 +80,8 @@ class Admin:
         world.note("changed", change_id, what)
         if isinstance(what, MeshChanged):
             decided = world.watcher.chain.get(what.epoch)
-            if decided is None or decided.change != change_id:
+            right = self._made is None or self._made[1] != change_id or what.epoch == self._made[2] + 1
+            if decided is None or decided.change != change_id or not right:
                 raise Violation(f"chain: {change_id.hex()} is not epoch {what.epoch}: {decided}")
         elif what.code == "epoch":
             world.denied[change_id] = what.text

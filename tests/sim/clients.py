@@ -114,7 +114,7 @@ class Client:
         world, op = self.world, self.current
         assert op is not None
         self._tries += 1
-        patience = world.rng.expovariate(1 / world.profile.patience) + 0.05 if not world.healed else 60.0
+        patience = world.rng.expovariate(1 / world.profile.patience) + 0.05 if not world.healed else 6.0
         world.at(world.now + patience, self._on_patience_end, op, self._tries)
         if node is not None:
             self.epoch = max(self.epoch, node.replica.view.epoch)

@@ -134,6 +134,8 @@ class Watcher:
         """Subjects whose group lost its majority: nothing is claimed of them any more."""
         self.void: dict[NodeId, None] = {}
         """Nodes that lost what they had promised, and know it: nothing is claimed of them either."""
+        self.founders = 0
+        """How many nodes must found a mesh together; 0: there is one already."""
         self.decisions = 0
         self._views: dict[int, View] = {}
 
@@ -203,6 +205,8 @@ class Watcher:
             chosen = self.register(f"{CONFIG_KEY}{config.epoch}").chosen.values()
             if not any(unpack_config(v.data or b"") == config for v in chosen):
                 raise Violation(f"chain: {config} is adopted, and is not chosen")
+        if config.epoch == 1 and len(config.members) < self.founders:
+            raise Violation(f"chain: {len(config.members)} of {self.founders} found a mesh")
         if config.base < before.base or config.base > config.epoch:
             raise Violation(f"base goes from {before.base} to {config.base} in epoch {config.epoch}")
         self.chain[config.epoch] = config
@@ -217,12 +221,11 @@ class Watcher:
         if len(leaving) > 1 and len(set(before.voters) - set(config.voters)) == 1:
             raise Violation(f"open: {len(leaving)} voters leave at once in epoch {config.epoch}")
         if config.base > before.base and before.epoch:
-            self._check_base(config, self.view(before.epoch))
+            self._check_base(before, config)
 
-    def _check_base(self, config: Config, old: View) -> None:
+    def _check_base(self, before: Config, config: Config) -> None:
         """What is older than the new base is nowhere else (bug B15)."""
-        chain = [c for c in old.chain() if c.epoch <= config.base]
-        seen = View(tuple(chain)) if chain else old
+        seen = View(tuple(self.chain[e] for e in range(before.base, config.base + 1)))
         for key, register in self.registers.items():
             if key.startswith(CONFIG_KEY) or self._ignored(key) or not register.chosen:
                 continue

@@ -6,7 +6,7 @@ a B are the bugs that others shipped (CHUNKPAXOS, section 8); the rest break one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from random import Random
@@ -14,7 +14,8 @@ from random import Random
 import msgspec
 
 from vstack.errors import DamagedData
-from vstack.mesh.config import NodeId, View
+from vstack.mesh.changes import ChangeRefused, MeshChange, successor
+from vstack.mesh.config import CONFIG_KEY, Config, Era, NodeId, View, key_epoch, unpack_config
 from vstack.mesh.forming import Forming
 from vstack.mesh.messages import (
     ABSENT,
@@ -29,6 +30,7 @@ from vstack.mesh.messages import (
     Outcome,
     Prepare,
     Promise,
+    Read,
     ReadReply,
     Record,
     Reply,
@@ -38,6 +40,7 @@ from vstack.mesh.messages import (
 )
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.paxos.change import apply
+from vstack.mesh.paxos.decree import Decree, Rounds
 from vstack.mesh.paxos.proposer import Attempt, KeyState, Phase, Proposer, Timing, Waiting
 from vstack.mesh.paxos.replica import Replica
 
@@ -359,6 +362,324 @@ class RestartForgetsRoundZero(Proposer):
         return self.view.leader(key) == self.me and op.expect == 0 and op.data is not None
 
 
+# -- epochs: acceptors and proposers ------------------------------------------------------------------
+
+
+class NoFence(Acceptor):
+    """Goes on voting in epochs that are over."""
+
+    def receive(self, m: Request) -> Reply | None:
+        epoch = m.epoch if isinstance(m, Read) else m.ballot.epoch
+        old = key_epoch(m.key) <= epoch < self.view.epoch and not m.key.startswith(CONFIG_KEY)
+        if old and self.view.serves(self.me, m.key):
+            if isinstance(m, Prepare):
+                return self.on_prepare(m)
+            if isinstance(m, Accept):
+                return self.on_accept(m)
+        return super().receive(m)
+
+
+class VotesInAnyEpoch(Acceptor):
+    def receive(self, m: Request) -> Reply | None:
+        if isinstance(m, Prepare):
+            return self.on_prepare(m)
+        if isinstance(m, Accept):
+            return self.on_accept(m)
+        return super().receive(m)
+
+
+class CreatesInAnyEpoch(Acceptor):
+    def _may_create(self, m: Accept) -> bool:
+        return m.ballot.node == self.view.leader(m.key)
+
+
+class CreatesLate(Proposer):
+    """The leader of the key's epoch creates it in a later one."""
+
+    def _may_create(self, key: str, waiting: list[Waiting]) -> bool:
+        op = waiting[0].op
+        mine = self.view.leader(key) == self.me and self.me in self.view.group(key)
+        return mine and op.expect == 0 and op.data is not None and self.acceptor.record(key) == EMPTY
+
+
+class KeysOfTheFuture(Proposer):
+    """Reads and writes keys of an epoch that it has not heard of, in the groups that it knows."""
+
+    def _is_unheard_of(self, key: str) -> bool:
+        return False
+
+
+class AttemptsGoOn(Proposer):
+    """An attempt that began in one epoch ends in the next."""
+
+    def on_epoch(self, now: float) -> None:
+        pass
+
+    def _receive(self, sender: NodeId, m: Reply, now: float) -> None:
+        state = self._keys.get(m.key)
+        attempt = state.attempt if state else None
+        if state is None or attempt is None or attempt.phase is Phase.READ:
+            super()._receive(sender, m, now)
+        elif not isinstance(m, ReadReply) and m.ballot == attempt.ballot:
+            if isinstance(m, Promise) and attempt.phase is Phase.PREPARE:
+                attempt.promises[sender] = m
+                self._on_promises(attempt, now)
+            elif isinstance(m, Accepted) and attempt.phase is Phase.ACCEPT:
+                self._on_accepted(state, attempt, sender, now)
+            elif isinstance(m, Nack):
+                self._on_nack(state, attempt, sender, m, now)
+
+
+class OldestEraCounts(Proposer):
+    """Votes are counted in the group of the oldest open epoch."""
+
+    def _on_accepted(self, state: KeyState, attempt: Attempt, sender: NodeId, now: float) -> None:
+        oldest = self.view.eras(attempt.key)[-1]
+        attempt.accepted.add(sender)
+        if len(attempt.accepted & set(oldest.group)) >= oldest.majority:
+            attempt.accepted |= set(self.view.group(attempt.key))
+            super()._on_accepted(state, attempt, self.view.group(attempt.key)[0], now)
+
+
+class NewestEraPromises(Proposer):
+    """Older groups are not asked what they hold."""
+
+    def _on_promises(self, attempt: Attempt, now: float) -> None:
+        newest = self.view.eras(attempt.key)[0]
+        here = [p for n, p in attempt.promises.items() if n in newest.group]
+        if len(here) >= newest.majority:
+            attempt.phase = Phase.ACCEPT
+            self._propose(attempt, max(here, key=lambda p: p.accepted).value, now)
+
+
+class OlderEraRead(Proposer):
+    """Takes a majority's ballot of an older era for the answer."""
+
+    def _on_read_reply(
+        self, state: KeyState, attempt: Attempt, sender: NodeId, m: ReadReply, now: float
+    ) -> None:
+        newest = self.view.eras(attempt.key)[0]
+        attempt.replies[sender] = m
+        same = [r for n, r in attempt.replies.items() if r.accepted == m.accepted and n in newest.group]
+        if len(same) >= newest.majority and m.epoch == self.view.epoch:
+            for w in attempt.waiting:
+                self._finish(w, Found(m.value.version, m.value.data))
+            self._end(state, attempt, now)
+        else:
+            super()._on_read_reply(state, attempt, sender, m, now)
+
+
+class OldOperationsAreTried(Proposer):
+    def submit(
+        self,
+        op: Op,
+        now: float,
+        deadline: float,
+        tag: Hashable,
+        *,
+        forwarded: bool = False,
+        full_way: bool = False,
+    ) -> None:
+        timeless = msgspec.structs.replace(op, born=1 << 40)
+        super().submit(timeless, now, deadline, tag, forwarded=forwarded, full_way=full_way)
+
+
+class PrunesAtQuorum(Proposer):
+    """What is decided needs no votes any more, it thinks."""
+
+    def _end(self, state: KeyState, attempt: Attempt, now: float) -> None:
+        super()._end(state, attempt, now)
+        if attempt.phase is Phase.ACCEPT and self.me in self.view.group(attempt.key):
+            self.acceptor.dirty[attempt.key] = EMPTY
+
+
+# -- epochs: groups -----------------------------------------------------------------------------------
+
+
+class ErasAsSet(View):
+    """A, B, A becomes A, B: what B decided is skipped."""
+
+    def eras(self, key: str) -> tuple[Era, ...]:
+        merged: dict[tuple[NodeId, ...], Era] = {}
+        for era in super().eras(key):
+            known = merged.get(era.group)
+            merged[era.group] = era if known is None else known._replace(first=era.first)
+        return tuple(merged.values())
+
+
+class MergesEras(Replica):
+    def make_view(self, chain: tuple[Config, ...]) -> View:
+        return ErasAsSet(chain)
+
+
+class LocalView(View):
+    """Each node finds itself the best acceptor, as one does with weights that were measured."""
+
+    me: NodeId = ""
+
+    def eras(self, key: str) -> tuple[Era, ...]:
+        newest, *older = super().eras(key)
+        if self.me in self.config.voters and self.me not in newest.group:
+            newest = newest._replace(group=(self.me, *newest.group[:-1]))
+        return (newest, *older)
+
+
+class PrefersItself(Replica):
+    def make_view(self, chain: tuple[Config, ...]) -> View:
+        view = LocalView(chain)
+        view.me = self.me
+        return view
+
+
+# -- epochs: the chain, settling, base ----------------------------------------------------------------
+
+
+class AnswersUnknownEpochs(Replica):
+    def _on_request(self, reply_to: Hashable, sender: NodeId, m: Request, now: float) -> None:
+        reply = self.acceptor.receive(m)
+        if reply is not None:
+            self.replies.append((reply_to, reply))
+
+
+class HastyDecree(Decree):
+    def receive(self, sender: NodeId, m: Reply, now: float) -> None:
+        super().receive(sender, m, now)
+        if isinstance(m, Accepted) and m.ballot == self._ballot and self._proposal is not None:
+            self.decided = unpack_config(self._proposal.data or b"")
+
+
+class ActsOnAccepted(Replica):
+    """One vote for a configuration, and it is in force."""
+
+    def make_decree(self, wish: Config) -> Decree:
+        return HastyDecree(self.view.config, wish, self.me, self.boot, self.acceptor, self._rounds, self._rng)
+
+
+class ForgetfulDecree(Decree):
+    def tick(self, now: float) -> None:
+        self._acceptor, real = Acceptor(self._me, self._acceptor.view, lambda _: None), self._acceptor
+        waits = self.decided is not None or now < self.next_try
+        if not waits:
+            self._floor = 0
+        send, self._send = self._send, lambda m, now: None  # type: ignore[method-assign]
+        super().tick(now)
+        self._acceptor = real
+        del self._send
+        if not waits:
+            send(Prepare(self._key, self._ballot), now)
+
+
+class RoundsStartOverForChanges(Replica):
+    """Each wish counts its ballots from one."""
+
+    def make_decree(self, wish: Config) -> Decree:
+        self._rounds = Rounds()
+        return ForgetfulDecree(
+            self.view.config, wish, self.me, self.boot, self.acceptor, self._rounds, self._rng
+        )
+
+
+class ReplacesNotChecked(Replica):
+    def propose(
+        self, change: MeshChange, change_id: bytes, replaces: int, now: float, deadline: float, tag: Hashable
+    ) -> None:
+        super().propose(change, change_id, self.view.epoch, now, deadline, tag)
+
+
+class BaseJumps(Replica):
+    """A change of members forgets the old groups at once."""
+
+    def successor(self, change: MeshChange, change_id: bytes) -> Config:
+        config = super().successor(change, change_id)
+        return msgspec.structs.replace(config, base=config.epoch)
+
+
+class Forgiving(Replica):
+    """Does not see why a change should wait for others."""
+
+    forgives = ""
+
+    def successor(self, change: MeshChange, change_id: bytes) -> Config:
+        try:
+            return super().successor(change, change_id)
+        except ChangeRefused as refused:
+            if self.forgives not in str(refused):
+                raise
+            config = successor(View((self.view.config,)), change, change_id)
+            return msgspec.structs.replace(config, base=self.view.base)
+
+
+class ManyLeave(Forgiving):
+    forgives = "still moving"
+
+
+class ManyOpen(Forgiving):
+    forgives = "under way"
+
+
+class ForgetsNobody(Replica):
+    """Comes back with the votes that it had before it left a group."""
+
+    def dropped_by(self, configs: Sequence[Config]) -> list[str]:
+        return []
+
+
+class IgnoresCutOff(Replica):
+    """Does not wait for old voters that nobody hears of."""
+
+    def unsettled(self) -> dict[int, list[NodeId]]:
+        live = {
+            epoch: [n for n in missing if n == self.me or self.proposer.is_live(n)]
+            for epoch, missing in super().unsettled().items()
+        }
+        return {epoch: missing for epoch, missing in live.items() if missing}
+
+
+class OneTooFew(Replica):
+    """One old voter less than it takes has settled what it holds."""
+
+    def unsettled(self) -> dict[int, list[NodeId]]:
+        allowed = {c.epoch: (c.g - 1) // 2 + 1 for c in self.view.chain()}
+        return {e: missing for e, missing in super().unsettled().items() if len(missing) > allowed[e]}
+
+
+class SettledBeforeListing(Replica):
+    def _settle(self, now: float) -> None:
+        if self.view.epoch and self.settled != self.view.epoch:
+            self._through()
+
+
+class SettledBeforeAdopting(Replica):
+    """Says that it has settled an epoch of which it has only heard."""
+
+    def hear(self, node: NodeId, epoch: int, settled: int) -> None:
+        super().hear(node, epoch, settled)
+        if epoch > self.view.epoch > 0 and node != self.me:
+            self.settled = max(self.settled, epoch)
+            super().hear(self.me, epoch, epoch)
+
+
+class MajorityFounds(Forming):
+    """Begins when most of the list has answered."""
+
+    def waiting_for(self) -> list[str]:
+        return [] if 2 * len(self._met) > len(self.addresses) else super().waiting_for()
+
+    def tick(self, now: float) -> None:
+        everybody, self.addresses = self.addresses, tuple(a for a in self.addresses if a in self._met)
+        super().tick(now)
+        self.addresses = everybody
+
+    def _everyone(self) -> tuple[NodeId, ...]:
+        return tuple(self._met[a].node for a in self.addresses if a in self._met)
+
+    def _first_config(self) -> Value:
+        everybody, self.addresses = self.addresses, tuple(a for a in self.addresses if a in self._met)
+        value = super()._first_config()
+        self.addresses = everybody
+        return value
+
+
 def _without_promise(record: Record) -> Record:
     return Record(record.accepted, record.accepted, record.value)
 
@@ -401,5 +722,35 @@ MUTANTS = {
         Variant("patience-stands-still", proposer=PatienceStandsStill),
         Variant("everyone-creates", AnyoneMayCreate, EveryoneCreates),
         Variant("others-vote-first", proposer=OthersVoteFirst),
+        Variant("B9-pruned-at-quorum", proposer=PrunesAtQuorum),
+        Variant("B10-groups-change-without-their-state", replica=BaseJumps),
+        Variant("B11-one-key-is-rescanned", keys_listed=1),
+        Variant("B13-zombie-keeps-its-votes", replica=ForgetsNobody),
+        Variant("B14-votes-of-another-epochs-group", proposer=OldestEraCounts),
+        Variant("B14-promises-of-the-newest-group-only", proposer=NewestEraPromises),
+        Variant("B15-base-passes-who-is-cut-off", replica=IgnoresCutOff),
+        Variant("B15-one-settled-node-too-few", replica=OneTooFew),
+        Variant("B15-settled-before-listing", replica=SettledBeforeListing),
+        Variant("B15-settled-before-adopting", replica=SettledBeforeAdopting),
+        Variant("B16-eras-are-a-set", replica=MergesEras),
+        Variant("B17-snapshot-votes", snapshots_vote=True),
+        Variant("B17-identity-outlives-the-votes", wiped_keeps_name=True),
+        Variant("B18-commits-are-dropped", drops_commits=0.02),
+        Variant("B19-two-groups-in-one-epoch", replica=PrefersItself),
+        Variant("no-fence", NoFence),
+        Variant("unknown-epochs-are-answered", VotesInAnyEpoch, replica=AnswersUnknownEpochs),
+        Variant("epochs-in-memory", adopts_in_memory=True),
+        Variant("create-in-a-later-epoch", CreatesInAnyEpoch, CreatesLate),
+        Variant("keys-of-the-future", proposer=KeysOfTheFuture),
+        Variant("attempts-go-on", proposer=AttemptsGoOn),
+        Variant("older-era-is-read", proposer=OlderEraRead),
+        Variant("old-operations-are-tried", proposer=OldOperationsAreTried),
+        Variant("accepted-is-decided", replica=ActsOnAccepted),
+        Variant("rounds-of-changes-start-over", replica=RoundsStartOverForChanges),
+        Variant("changes-of-another-epoch", replica=ReplacesNotChecked),
+        Variant("many-leave-at-once", replica=ManyLeave, leaves_early=True),
+        Variant("switched-off-early", leaves_early=True),
+        Variant("too-many-open", replica=ManyOpen),
+        Variant("a-majority-founds", forming=MajorityFounds),
     )
 }

@@ -34,7 +34,6 @@ from vstack.mesh.messages import (
     Record,
     Reply,
 )
-from vstack.mesh.paxos.replica import Replica
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -310,9 +309,7 @@ class Node:
     def _hello(self) -> Hello:
         mesh = "mesh" if self.replica.view.epoch else ""
         peers = list_digest(self.world.forming_list)
-        return Hello(
-            PROTOCOL_VERSION, mesh, "node", self.name, self.boot, self.replica.view.epoch, peers
-        )
+        return Hello(PROTOCOL_VERSION, mesh, "node", self.name, self.boot, self.replica.view.epoch, peers)
 
     def _greet(self, life: object) -> None:
         world = self.world
@@ -404,4 +401,3 @@ class Node:
             world.send(self, to, reply)
         for tag, outcome in batch.done:
             world.told(tag, outcome)
-

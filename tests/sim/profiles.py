@@ -152,9 +152,30 @@ _MOVING = replace(
 CHANGING: dict[str, Profile] = {
     "churn": replace(_MOVING, sizes=(1, 2, 3, 3, 4, 5, 5, 7), losses=0.2),
     "regrow": replace(_MOVING, sizes=(1,), spares=6, script="regrow", horizon=12.0, kindness=0.1, rivals=0.1),
-    "returns": replace(_MOVING, sizes=(3, 4, 5), absences=0.6, losses=0.1, horizon=8.0, drains=1.5),
+    "returns": replace(_MOVING, sizes=(3, 4, 5), absences=0.6, horizon=8.0, drains=1.5),
+    "restored": replace(
+        _MOVING, sizes=(3, 3, 5), crashes=2.0, losses=1.0, restores=0.9, changes=0.5, spares=1
+    ),
+    "lagging": replace(
+        _MOVING,
+        sizes=(1, 3, 3, 4),
+        adds=3.0,
+        absences=0.8,
+        absence=4.0,
+        cuts=1.5,
+        outage=1.5,
+        gossip=0.4,
+        kindness=0.0,
+    ),
     "forming": replace(
-        _MOVING, sizes=(1, 2, 3, 3, 5), spares=1, forming=True, changes=0.5, losses=0.3, crashes=1.0, horizon=8.0
+        _MOVING,
+        sizes=(1, 2, 3, 3, 5),
+        spares=1,
+        forming=True,
+        changes=0.5,
+        losses=0.3,
+        crashes=1.0,
+        horizon=8.0,
     ),
     "recover": replace(_MOVING, sizes=(3, 4, 5, 7), disaster=True, changes=0.5, losses=0.0),
 }

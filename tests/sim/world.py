@@ -99,6 +99,7 @@ class World:
         first = Config(1, tuple(sorted(members, key=lambda m: m.node)), 1)
         self.forming_list = tuple(addresses[:size]) if p.forming else ()
         self.watcher = Blind() if blind else Watcher()
+        self.watcher.founders = len(self.forming_list)
         if not p.forming:
             self.watcher.founded(first)
         self.replica_class = self._replica_class()
@@ -251,9 +252,9 @@ class World:
         copies = 1
         if not self.healed:
             there = self._current.get(to)
-            if self._cut_until and there is not None:
-                if self._cut_until.get((sender.address, there.address), 0.0) > self.now:
-                    return
+            cut = self._cut_until.get((sender.address, there.address), 0.0) if there is not None else 0.0
+            if cut > self.now:
+                return
             chance = rng.random()
             if chance < p.loss:
                 return
@@ -321,9 +322,7 @@ class World:
 
     def _draw_wish(self, node: Node) -> admin.Wish | None:
         p, rng, view = self.profile, self.rng, node.replica.view
-        kind = rng.choices(
-            ("add", "remove", "drain", "grant"), (p.adds, p.removes, p.drains, p.grants)
-        )[0]
+        kind = rng.choices(("add", "remove", "drain", "grant"), (p.adds, p.removes, p.drains, p.grants))[0]
         members = [m for m in view.config.members if m.node not in self.lost]
         if kind == "grant":
             self._grants += 1
@@ -334,7 +333,9 @@ class World:
         if not members or len(view.config.voters) == 1:
             return None
         member = rng.choice(members)
-        return admin.remove(member.node) if kind == "remove" else admin.drain(member.node, not member.draining)
+        return (
+            admin.remove(member.node) if kind == "remove" else admin.drain(member.node, not member.draining)
+        )
 
     def _spare(self, members: Sequence[NodeId]) -> Node | None:
         """A machine that is not in use. One that was may come back as what it was, or as a new node."""
@@ -379,7 +380,8 @@ class World:
         del self._current[old]
         node.wipe(old if self.variant.wiped_keeps_name else self.new_name())
         self._current[node.name] = node
-        self.watcher.void[old] = None
+        if node.name != old:
+            self.watcher.void[old] = None
 
     def _wipe(self, node: Node) -> None:
         old = node.name
@@ -399,10 +401,7 @@ class World:
             if not up and i == len(order):
                 return
             node = order[i]
-            if up:
-                wish = admin.add(node.name, node.address)
-            else:
-                wish = admin.remove(node.name)
+            wish = admin.add(node.name, node.address) if up else admin.remove(node.name)
             new = self.begin(wish, stubborn=True)
             self.at(self.now + 0.1, wait, new, i, up)
 
@@ -424,10 +423,9 @@ class World:
             return False
         config = self.watcher.chain[newest]
         for machine in self.machines:
-            view = machine.replica.view
-            if machine.alive and view.epoch and machine.name not in config.nodes:
-                if not machine.replica.may_leave:
-                    return False
+            out = machine.alive and machine.replica.view.epoch and machine.name not in config.nodes
+            if out and not machine.replica.may_leave:
+                return False
         for name in config.nodes:
             node = self._current.get(name)
             if node is None or not node.alive or node.replica.view.epoch != newest:
@@ -525,8 +523,7 @@ class World:
         if self.healed:
             return
         if not watcher.newest:
-            if self.profile.forming and self.variant.name == "none" or self.variant.forming is not None:
-                self._lose_forming()
+            self._lose_forming()
             return
         view = watcher.view(watcher.newest)
         for name in [n for n in self.lost if n not in view.participants]:
@@ -543,7 +540,8 @@ class World:
         if snapshot is not None and snapshot.boot < node.boot and self.rng.random() < self.profile.restores:
             self.note("restore", node.name)
             self.lost[node.name] = node
-            self.watcher.void[node.name] = None
+            if not self.variant.snapshots_vote:
+                self.watcher.void[node.name] = None
             node.restore()
         else:
             self._wipe(node)
@@ -551,7 +549,7 @@ class World:
 
     def _lose_forming(self) -> None:
         """A machine that waits for a mesh starts over with an empty disk."""
-        if self.lost:
+        if self.lost or not self.forming_list:
             return
         node = self.at_address(self.rng.choice(self.forming_list))
         if len(self.forming_list) < 3 or node.replica.view.epoch:

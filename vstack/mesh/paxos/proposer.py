@@ -215,6 +215,7 @@ class Proposer:
                 state.attempt = None
             state.full_way = False
             state.lost = 0
+            state.defeats = 0  # who won in an older epoch may be in it still: it is not asked (`_forward`)
             state.paused_until = now
             self._at(now, key, None)
 
@@ -249,7 +250,7 @@ class Proposer:
         waiting = [w for w in waiting if not w.done]
         if not waiting:
             return
-        if key_epoch(key) > self.view.epoch:
+        if self._is_unheard_of(key):
             self.acceptor.epoch_wanted = max(self.acceptor.epoch_wanted, key_epoch(key))
             self._pause(key, state, waiting, now)
             return
@@ -276,6 +277,10 @@ class Proposer:
             everyone = dict.fromkeys(node for era in self.view.eras(key) for node in era.group)
             self._send(tuple(everyone), Prepare(key, attempt.ballot), now)
         self._drain()
+
+    def _is_unheard_of(self, key: str) -> bool:
+        """Whether the key's upload was opened in an epoch that this node has to adopt first."""
+        return key_epoch(key) > self.view.epoch
 
     def _may_create(self, key: str, waiting: list[Waiting]) -> bool:
         """The right to round 0: see *fast create* above. Asked of the own disk, so a restart remembers."""
