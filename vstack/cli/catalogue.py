@@ -6,12 +6,15 @@ import argparse
 from collections import Counter
 
 from vstack.cli import show
-from vstack.client.catalogue import Video, chunk_table, delete_video, find_video, list_videos
+from vstack.client.catalogue import Video, chunk_table, delete_video, find_video, list_videos, views
 from vstack.client.downloader import media_of
 from vstack.client.mesh_client import MeshClient
 from vstack.errors import MeshUnavailable
 from vstack.mesh.placement import shortfall, wanted_scheme
 from vstack.mesh.registers import ChunkRecord
+
+VIEW_DAYS = 30
+"""Days over which `info` counts views."""
 
 
 async def ls(mesh: MeshClient, options: argparse.Namespace) -> int:
@@ -64,6 +67,7 @@ def _video_json(v: Video) -> dict[str, object]:
 async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
     video = await find_video(mesh, options.video)
     table = await chunk_table(mesh, video)
+    seen = await views(mesh, video.id, VIEW_DAYS)
     r, media = video.record, media_of(video)
     schemes = Counter(c.scheme for c in table)
     wanted = wanted_scheme(r.redundancy)
@@ -85,6 +89,7 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
                 ],
                 "lost": list(media.lost),
                 "piece_bytes": stored,
+                "views": seen,
                 "warnings": short,
                 "chunk_table": [_chunk_json(c, tick) for c in table],
             }
@@ -100,6 +105,7 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
         show.out.print(f"  {t.kind:<11} {t.codec}{shape} {t.language}".rstrip())
     said = ", ".join(f"{n} chunks as {s.name}" for s, n in schemes.items())
     show.out.print(f"  redundancy  {r.redundancy}: {said}")
+    show.out.print(f"  views       {seen} in the last {VIEW_DAYS} days")
     show.out.print(f"  survives    {_survives(mesh, table)}")
     for line in (*short, *(f"not kept of the source: {x}" for x in media.lost)):
         show.warn(line)

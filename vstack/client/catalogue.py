@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from time import time
 
 import msgspec
 
@@ -24,8 +25,10 @@ from vstack.mesh.registers import (
     table_hash,
     unpack_chunk,
     unpack_video,
+    unpack_views,
     upload_id,
     video_key,
+    views_prefix,
 )
 
 MIN_PREFIX = 6
@@ -118,6 +121,28 @@ async def chunk_table(mesh: MeshClient, video: Video) -> list[ChunkRecord]:
             "or not the hash that its register names: try again when more nodes are up"
         )
     return records
+
+
+async def views(mesh: MeshClient, video: str, days: int = 30) -> int:
+    """How often `video` (64 hex digits) was seen on the last `days` days, today included.
+
+    Days are those of UTC, by the clocks of the nodes that counted; today is by this machine's. Views that
+    a node has noted and not written yet are not in it. Raises MeshUnavailable if it cannot be known.
+    """
+    first = int(time() // 86_400) - days + 1
+    prefix = views_prefix(video)
+    page = await mesh.list(prefix)
+    if not page.complete:
+        raise MeshUnavailable(
+            f"cannot tell how often video {video[:12]} was seen: {len(page.silent)} nodes do not answer"
+        )
+    total = 0
+    for row in page.rows:
+        try:
+            total += unpack_views(row.data).total if int(row.key.removeprefix(prefix)) >= first else 0
+        except msgspec.DecodeError:
+            continue  # written by a newer version: not ours to count
+    return total
 
 
 async def delete_video(mesh: MeshClient, video: Video) -> None:

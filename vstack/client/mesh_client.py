@@ -40,6 +40,7 @@ from vstack.mesh.messages import (
     Listing,
     MeshChanged,
     Mismatch,
+    Noted,
     Ok,
     Op,
     Outcome,
@@ -51,6 +52,7 @@ from vstack.mesh.messages import (
     Stored,
     Submit,
     Unknown,
+    Viewed,
     WirePieceKey,
 )
 from vstack.mesh.registers import PieceKey, Scheme
@@ -60,6 +62,8 @@ FIRST_ANSWER = 3.0
 """Seconds that a node has for an operation before the next one is asked as well."""
 NEWER_CHAIN = 0.05
 """Seconds that other peers have to name a newer configuration, once one has answered."""
+ALIVE = 1.0
+"""Seconds that a node has to show that it is there, before it is told of a view."""
 OPERATION = 15.0
 """Seconds after which the outcome of an operation is called unknown."""
 
@@ -383,6 +387,29 @@ class MeshClient:
             except (NoAnswer, Refused) as e:
                 why = e
         raise MeshUnavailable(f"no node could list {prefix}: {why}")
+
+    # -- views ------------------------------------------------------------------------------------
+
+    async def viewed(self, video: str, playback: bytes) -> bool:
+        """Says that a playback of `video` has played long enough to count; whether a node has taken note.
+
+        `playback` is 16 random bytes of its own. Raises nothing. One node of the video's group is told,
+        one that has just answered, and another one only if that one refused: what is told to a node that
+        then falls silent may be lost, but no view is counted twice.
+        """
+        for node in sorted(group(self.config, video), key=self.silent):
+            try:
+                await self.ask(node, GetConfig(open=True), timeout=ALIVE)
+            except (NoAnswer, Refused):
+                continue
+            try:
+                answer = await self.ask(node, Viewed(video, playback), timeout=FIRST_ANSWER)
+            except Refused:
+                continue
+            except NoAnswer:
+                return False
+            return isinstance(answer.header.body, Noted)
+        return False
 
     # -- pieces -----------------------------------------------------------------------------------
 

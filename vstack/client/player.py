@@ -1,5 +1,8 @@
 """Playback in real time without a screen: fetch, decode every frame, keep a clock, count stalls.
 
+A playback is told to the mesh as a view once it has played 10 s of the video, or half of it if that is
+less, whatever the speed: seconds of the video that were played, not skipped.
+
 The clock runs from the moment the first chunk is decoded. A chunk is requested when what is
 buffered leaves room for it under the cap, or when no more than MARGIN seconds are left: a chunk
 longer than the cap must come whole, or not at all. Where the clock reaches the end of what is
@@ -14,6 +17,7 @@ and were not needed; failover time is from a request's failure to the next byte 
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +36,10 @@ MARGIN = 2.5
 """Seconds before it is needed at which a chunk is requested, whatever its length."""
 LATE = 0.02
 """Seconds by which the clock may look late without that being a stall."""
+VIEW = 10.0
+"""Seconds of the video after which a playback is a view; for a video shorter than twice that, half of it."""
+VIEW_PATIENCE = 2.0
+"""Seconds that an ended playback waits at most until a node has taken note of the view."""
 TICK = 0.25
 """Seconds between two reports of progress."""
 
@@ -152,6 +160,10 @@ class Player:
         self._news = asyncio.Event()
         self._weighed = 0.0
         """Integral of the buffer over the time of playback, in square seconds."""
+        self._shown = 0.0
+        """Seconds of the video that were played."""
+        self._view: asyncio.Task[bool] | None = None
+        """Tells the mesh that this playback is a view."""
         self._clock_read = 0.0
         """When `position` was last brought up to date (monotonic)."""
 
@@ -174,10 +186,13 @@ class Player:
                 done, _ = await asyncio.wait({loading, clock}, return_when=asyncio.FIRST_EXCEPTION)
                 for task in done:
                     task.result()
+                if self._view is not None:
+                    await asyncio.wait({self._view}, timeout=VIEW_PATIENCE)
             finally:
-                loading.cancel()
-                clock.cancel()
-                await asyncio.gather(loading, clock, return_exceptions=True)
+                ours = (loading, clock) if self._view is None else (loading, clock, self._view)
+                for unfinished in ours:
+                    unfinished.cancel()
+                await asyncio.gather(*ours, return_exceptions=True)
                 self._measure(fetcher)
         return self.playback
 
@@ -266,6 +281,7 @@ class Player:
         self._clock_read = monotonic()
         while True:
             self._advance()
+            self._tell_view()
             p.buffered = self._decoded_to - p.position
             self.on_progress(p)
             if p.buffered > 1e-6:
@@ -290,7 +306,13 @@ class Player:
         self._weighed += (ahead - step / 2) * step / self.options.speed
         p.played_s += step / self.options.speed
         p.position += step
+        self._shown += step
         self._clock_read = now
+
+    def _tell_view(self) -> None:
+        """Once, beside the playback, which does not wait for it."""
+        if self._view is None and self._shown >= min(VIEW, self.video.seconds / 2):
+            self._view = asyncio.create_task(self.mesh.viewed(self.video.id, os.urandom(16)))
 
     def _notice_stall(self) -> None:
         """A chunk is here: if the clock ran dry before, and nobody looked meanwhile, that was a stall."""
