@@ -55,6 +55,14 @@ def told(g: Gossip, said: Statement, by: NodeId = B, now: float = START) -> tupl
     return answer.updates
 
 
+def only_answers(g: Gossip, to: NodeId) -> None:
+    """From here on it carries no old statements in turn, and no news of before."""
+    g._ring = [g._peers[raw(to)]]
+    for peer in g._peers.values():
+        while peer.sent >= 0:
+            g._sent_on(peer)
+
+
 def about(node: NodeId, updates: tuple[Statement, ...]) -> Statement:
     [said] = [s for s in updates if s.node == raw(node)]
     return said
@@ -156,6 +164,7 @@ def test_of_one_incarnation_the_worse_state_holds_and_a_higher_incarnation_lifts
 def test_whoever_is_told_less_than_it_knows_answers_with_what_it_knows() -> None:
     g = gossip(B, C, D)
     told(g, up(C, incarnation=7, epoch=3))
+    only_answers(g, D)
     answer = told(g, up(C, incarnation=6, epoch=2), by=D)
     assert about(C, answer) == up(C, incarnation=7, epoch=3)
 
@@ -163,6 +172,7 @@ def test_whoever_is_told_less_than_it_knows_answers_with_what_it_knows() -> None
 def test_whoever_tells_less_of_the_same_incarnation_is_answered_with_more() -> None:
     g = gossip(B, C, D)
     told(g, Statement(raw(C), 1, 0, State.DOWN, 2, 2))
+    only_answers(g, D)
     for less in (Statement(raw(C), 1, 0, State.SUSPECT, 2, 2, 5), Statement(raw(C), 1, 0, State.DOWN, 1, 2)):
         assert about(C, told(g, less, by=D)) == g.statement(C)
 
@@ -358,7 +368,7 @@ def test_who_hears_that_it_is_suspected_or_down_objects_in_the_same_answer(state
 def test_what_is_said_of_an_older_incarnation_or_boot_needs_no_objection() -> None:
     g = gossip(B, boot=3)
     g.say(1, 1)
-    for said in (Statement(raw(A), 3, 0, State.DOWN), Statement(raw(A), 2, 50, State.DOWN)):
+    for said in (g.statement(A), Statement(raw(A), 3, 0, State.DOWN), Statement(raw(A), 2, 50, State.DOWN)):
         assert about(A, told(g, said)) == g.statement(A)
     assert g.counters["refutations"] == 0
 
@@ -452,6 +462,13 @@ def test_the_same_accuser_twice_is_one_accuser() -> None:
     assert g.next_wake() < due
 
 
+def test_an_accuser_who_is_known_is_no_news() -> None:
+    g = gossip(B, C, D)
+    for _ in range(50):
+        told(g, Statement(raw(C), 1, 0, State.SUSPECT, by=9))
+    assert g.backlog() == 0
+
+
 def test_a_suspicion_that_is_passed_on_names_who_has_it_at_first_hand() -> None:
     g = gossip(B, C, D)
     told(g, Statement(raw(C), 1, 0, State.SUSPECT, by=9))
@@ -539,16 +556,17 @@ def test_a_round_trip_far_over_the_usual_is_late_though_within_the_timeout() -> 
     assert g.state(B) is State.SLOW
 
 
-def test_a_node_in_trouble_calls_nobody_slow() -> None:
+@pytest.mark.parametrize(("health", "state"), [(0, State.SLOW), (1, State.UP), (MAX_HEALTH, State.UP)])
+def test_a_node_in_trouble_calls_nobody_slow(health: int, state: State) -> None:
     g = gossip(B, C, D, E)
-    for _ in range(2):
-        fail_probe(g)
-    assert g.health > 0
-    g.health = MAX_HEALTH
+    answer_in_time(g, 4)
     for _ in range(TIMING.late):
-        target, _, _ = probed(g)
-        g._on_late_answer(g._peers[raw(target)])
-    assert all(g.state(n) is not State.SLOW for n in (B, C, D, E))
+        target = ""
+        while target != C:
+            target, ping, now = probed(g)
+            g.on_ack(target, Pong(ping.sequence, ()), now + (0.9 * TIMING.timeout if target == C else SOON))
+            g.health = health
+    assert g.state(C) is state
 
 
 # -- the node's own health ----------------------------------------------------------------------------
