@@ -7,9 +7,10 @@ from random import Random
 import pytest
 
 from vstack.mesh.config import Config, Member, View
-from vstack.mesh.messages import ABSENT, Found, Op, Outcome, Unknown, Value
+from vstack.mesh.messages import ABSENT, Found, Ok, Op, Outcome, Unknown, Value
 from vstack.mesh.paxos.change import apply
 from vstack.mesh.registers import (
+    EPOCH_SHIFT,
     MAX_RECORD,
     RecordTooLarge,
     Slot,
@@ -103,6 +104,15 @@ def test_many_views_do_not_wait_for_the_period() -> None:
     note(v, 1, 0.1, first=BATCH)
     write(v, mesh, 0.1)
     assert mesh.total() == BATCH
+
+
+def test_after_an_early_write_the_next_views_wait_for_a_period_of_their_own() -> None:
+    v, mesh = views(), Registers(VIDEO)
+    note(v, BATCH, 0.0)
+    write(v, mesh, 0.1)
+    note(v, 1, PERIOD - 1, first=BATCH)
+    assert write(v, mesh, PERIOD) == 0
+    assert write(v, mesh, 2 * PERIOD - 1) == 2
 
 
 def test_nothing_waits_when_the_process_is_to_end() -> None:
@@ -352,6 +362,27 @@ def test_where_not_even_that_fits_the_views_are_dropped_and_said_to_be() -> None
     write(v, mesh, PERIOD)
     assert (v.unwritten, v.counters["dropped"]) == (0, 2)
     assert mesh.record() == full
+
+
+def test_a_slot_is_never_lowered_by_views_that_follow_dropped_ones() -> None:
+    """The change of the first two is still on its way when there is no room for a larger number."""
+    full = ViewRecord(tuple(Slot(n.to_bytes(16), 127 + (n < 11), 10**12) for n in range(140)))
+    mesh = Registers(VIDEO)
+    mesh.values[KEY] = Value(3, pack(full))
+    v = views()
+    note(v, 2, 0.0)
+    one_step(v, mesh, PERIOD)
+    ((key, late),) = v.take()
+    v.on_outcome(key, Unknown("?"), PERIOD)
+    note(v, 200, PERIOD, first=10)
+    write(v, mesh, 2 * PERIOD)
+    assert v.counters["dropped"] == 202
+    note(v, 1, 2 * PERIOD, first=500)
+    one_step(v, mesh, 3 * PERIOD)
+    assert mesh.do(late) == Ok((1 << EPOCH_SHIFT) + 1)
+    write(v, mesh, 3 * PERIOD)
+    assert mesh.record().of(RAW_A, 1) == 2
+    assert v.unwritten == 0
 
 
 def test_a_register_that_cannot_be_understood_is_left_alone() -> None:
