@@ -41,6 +41,7 @@ from vstack.mesh.messages import (
     Ballot,
     Found,
     Mismatch,
+    Nack,
     Ok,
     Op,
     Outcome,
@@ -257,10 +258,19 @@ class Watcher:
                 raise Violation(f"I7 {node} stores {key}")
         disk.update(written)
         for vote in log:
+            self._check_fence(node, vote)
             if isinstance(vote.reply, Accepted) and isinstance(vote.request, Accept):
                 self._voted(node, vote.request, vote.before)
             elif isinstance(vote.reply, Promise) and vote.reply.ballot.node == node:
                 self.promised(node, vote.reply)
+
+    def _check_fence(self, node: NodeId, vote: Vote) -> None:
+        """A node votes in the epoch that it is in, and in no other."""
+        m = vote.request
+        if m.key.startswith(CONFIG_KEY) or isinstance(m, Read) or isinstance(vote.reply, Nack):
+            return
+        if m.ballot.epoch != self.epochs.get(node, 0):
+            raise Violation(f"fence {m.key}: {node} in epoch {self.epochs.get(node, 0)} votes for {m.ballot}")
 
     def _voted(self, node: NodeId, m: Accept, before: Record) -> None:
         if self._ignored(m.key):

@@ -113,6 +113,8 @@ class World:
         self.admins: list[Admin] = []
         self.lost: dict[NodeId, Node] = {}
         """Nodes whose disks were lost, and that may still be missed."""
+        self._shrinks_until = 0.0
+        """Somebody has asked lately for a voter to leave."""
         self._grants = 0
         self._uploads = 0
         self.keys = self._draw_keys()
@@ -330,9 +332,10 @@ class World:
         if kind == "add":
             machine = self._spare(view.config.nodes)
             return admin.add(machine.name, machine.address) if machine else None
-        if not members or len(view.config.voters) == 1:
+        if not members or len(view.config.voters) == 1 or self.lost:
             return None
         member = rng.choice(members)
+        self._shrinks_until = self.now + LAST_CHANGE / 2
         return (
             admin.remove(member.node) if kind == "remove" else admin.drain(member.node, not member.draining)
         )
@@ -530,6 +533,8 @@ class World:
             del self.lost[name]
         if self.lost or not view.is_settled() or len(view.config.voters) < 3:
             return
+        if f"config/{watcher.newest + 1}" in watcher.registers or self.now < self._shrinks_until:
+            return  # a voter may be about to leave, and the mesh cannot take both
         node = self._current.get(self.rng.choice(view.config.nodes))
         if node is None or node.gone or node.replica.view.epoch != watcher.newest:
             return
