@@ -198,6 +198,8 @@ class Node:
 
     def adopt(self, configs: Sequence[Config], drop: Iterable[str]) -> None:
         self._complete()
+        log, self.acceptor.log = self.acceptor.log, []
+        self._write({}, log)
         world = self.world
         world.note("adopt", self.name, [c.epoch for c in configs])
         if not world.variant.adopts_in_memory:
