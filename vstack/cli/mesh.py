@@ -65,6 +65,7 @@ async def remove(mesh: MeshClient, options: argparse.Namespace) -> int:
     """Takes a node out of the mesh."""
     member = members.find_member(mesh.config, options.node)
     await _must_not_lose_pieces(mesh, member.node, options)
+    await _wait_for_the_last(mesh, options)
     epoch = await members.remove(mesh, member)
     return await _finish(mesh, options, epoch, f"node {member.node[:8]} is out and may be switched off")
 
@@ -72,6 +73,7 @@ async def remove(mesh: MeshClient, options: argparse.Namespace) -> int:
 async def drain(mesh: MeshClient, options: argparse.Namespace) -> int:
     """Moves a node's votes elsewhere, or lets it vote again."""
     member = members.find_member(mesh.config, options.node)
+    await _wait_for_the_last(mesh, options)
     epoch = await members.drain(mesh, member, not options.undo)
     done = "votes again" if options.undo else "votes no more, and gets no new pieces"
     return await _finish(mesh, options, epoch, f"node {member.node[:8]} {done}")
@@ -142,15 +144,25 @@ def _waiting(a: argparse.ArgumentParser) -> None:
     a.add_argument("--no-wait", action="store_true", help="do not wait until the votes have moved")
 
 
-async def _finish(mesh: MeshClient, options: argparse.Namespace, epoch: int, done: str) -> int:
-    now = await members.moving(mesh)
+async def _wait_for_the_last(mesh: MeshClient, options: argparse.Namespace) -> None:
+    """One node leaves at a time: an earlier change is waited for, unless that is not wanted."""
     if not options.no_wait:
-        with show.counting("votes are moving") as bar:
-            most = 1
-            async for now in members.until_settled(mesh):
-                left = len({n for nodes in now.waiting.values() for n in nodes})
-                most = max(most, left)
-                bar.update("votes", most - left, most)
+        await _until_settled(mesh, "an earlier change")
+
+
+async def _until_settled(mesh: MeshClient, label: str) -> None:
+    with show.counting(f"{label}: votes are moving") as bar:
+        most = 1
+        async for now in members.until_settled(mesh):
+            left = len({n for nodes in now.waiting.values() for n in nodes})
+            most = max(most, left)
+            bar.update("votes", most - left, most)
+
+
+async def _finish(mesh: MeshClient, options: argparse.Namespace, epoch: int, done: str) -> int:
+    if not options.no_wait:
+        await _until_settled(mesh, "this change")
+    now = await members.moving(mesh)
     if options.json:
         show.print_json({"epoch": epoch, "moving": _moving_json(now), "members": _members_json(mesh.config)})
     elif now.done:

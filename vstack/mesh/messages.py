@@ -293,8 +293,6 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
     sequence: U32
     updates: Updates
-    lacking: bool = False
-    """The sender has heard nothing yet of some members: the answer may be filled up."""
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True, tag=6):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vstack import __version__
-from vstack.errors import UsageError, VstackError
+from vstack.errors import DamagedData, UsageError, VstackError
 from vstack.mesh.messages import MAX_WEIGHT, MAX_ZONE
 from vstack.mesh.transport import parse_address
 from vstack.node.disk import Disk
@@ -182,7 +182,7 @@ def set_votes_aside(folder: Path) -> None:
         return
     try:
         VoteStore(votes).close()
-    except VstackError as e:
+    except DamagedData as e:
         aside = next(p for i in count(1) if not (p := folder / f"votes.aside-{i}").exists())
         logging.getLogger(__name__).warning("%s: set aside as %s", e, aside)
         try:
@@ -218,6 +218,7 @@ def announce(node: Node) -> None:
     # What was made until now lives as long as the process: keep it out of the garbage collector's way.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)  # what a batch makes is freed by its references; cycles are few
     print(
         f"ready node={node.me} mesh={node.mesh} epoch={node.view.epoch} listen={node.settings.listen}",
         flush=True,

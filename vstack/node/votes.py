@@ -122,7 +122,7 @@ class VoteStore:
     def _next_boot(self) -> Identity:
         retired = self._get(_RETIRED)
         if retired is not None:
-            raise DamagedData(f"they are an old copy ({retired.decode()})")
+            raise DamagedData(f"they are retired: {retired.decode()}")
         raw = self._get(_IDENTITY)
         if raw is None:
             raise DamagedData("the identity of the node that gave them is missing")
@@ -475,7 +475,7 @@ def _refusal(folder: Path, why: Exception) -> VstackError:
         )
     return DamagedData(
         f"the votes in {folder} cannot be opened, so this node must not vote: {text}. "
-        "Start it with an empty data directory to join as a new node"
+        "Start it with --rejoin to join as a new node and keep its pieces, or with an empty data directory"
     )
 
 
