@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
 
-from vstack.mesh.config import Config, Member, View
+from vstack.client import catalogue
+from vstack.client.mesh_client import MeshClient
+from vstack.client.player import PlayOptions, play
+from vstack.client.uploader import upload
+from vstack.local import LocalMesh, LocalNode
+from vstack.mesh.config import Config, Member, View, group
 from vstack.mesh.messages import ABSENT, Found, Ok, Op, Outcome, Unknown, Value
 from vstack.mesh.paxos.change import apply
 from vstack.mesh.registers import (
@@ -22,6 +31,9 @@ from vstack.mesh.registers import (
 )
 from vstack.node import views as counting
 from vstack.node.views import BATCH, MAX_OLD_BOOTS, PERIOD, Views, packed, raised
+from vstack.samples import make_sample
+
+from .cluster import running_mesh, vstack, wait_for, with_client
 
 VIDEO = "ab" * 32
 OTHER = "cd" * 32
@@ -30,6 +42,8 @@ A, B = "a" * 32, "b" * 32
 RAW_A, RAW_B = bytes.fromhex(A), bytes.fromhex(B)
 VIEW = View((Config(1, (Member(A, "a:1"), Member(B, "b:1")), 1),))
 KEY = views_key(VIDEO, DAY)
+SECONDS = 4
+"""Length of the film."""
 
 
 class Registers:
@@ -453,3 +467,176 @@ def test_reads_and_changes_are_born_in_the_epoch_that_the_node_is_in() -> None:
     ((key, op),) = v.take()
     assert (op.born, mesh.do(op)) == (1, Found(0, None))
     assert key == KEY
+
+
+# -- real meshes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    make_sample(path, seconds=SECONDS, size=(160, 90))
+    return path
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[LocalMesh]:
+    with running_mesh(tmp_path / "mesh", 3) as running:
+        yield running
+
+
+def put(mesh: LocalMesh, film: Path) -> str:
+    async def work(client: MeshClient) -> str:
+        return (await upload(client, film)).video.id
+
+    return with_client(mesh, work)
+
+
+def seen(mesh: LocalMesh, video: str) -> int:
+    async def work(client: MeshClient) -> int:
+        return await catalogue.views(client, video)
+
+    return with_client(mesh, work)
+
+
+def see(mesh: LocalMesh, video: str, count: int) -> int:
+    """Tells the mesh of `count` playbacks; of how many it took note."""
+
+    async def work(client: MeshClient) -> int:
+        told = [client.viewed(video, os.urandom(16)) for _ in range(count)]
+        return sum(await asyncio.gather(*told))
+
+    return with_client(mesh, work)
+
+
+def counted(mesh: LocalMesh) -> dict[str, int]:
+    """The counters of views of all nodes that run."""
+
+    async def work(client: MeshClient) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for member in client.members:
+            if any(n.alive and n.address == member.address for n in mesh.nodes):
+                for name, value in (await client.status(member.node)).counters.items():
+                    if name.startswith("views."):
+                        totals[name] = totals.get(name, 0) + value
+        return totals
+
+    return with_client(mesh, work)
+
+
+def first_of_group(mesh: LocalMesh, video: str) -> LocalNode:
+    async def work(client: MeshClient) -> str:
+        return group(client.config, video)[0]
+
+    node = with_client(mesh, work)
+    return next(n for n in mesh.nodes if n.node == node)
+
+
+def restart(mesh: LocalMesh, node: LocalNode) -> None:
+    node.start(mesh.peers, detach=False)
+    node.wait_ready()
+
+
+@pytest.mark.processes
+def test_a_film_that_is_played_twice_has_two_views(mesh: LocalMesh, film: Path) -> None:
+    video = put(mesh, film)
+    peers = ",".join(mesh.peers)
+    for _ in range(2):
+        done = vstack("play", video, "--speed", "8", "--json", peers=peers)
+        assert done.code == 0, done
+        assert done.json["rebuffers"] == 0
+    assert counted(mesh)["views.counted"] == 2
+    wait_for(lambda: vstack("info", video, "--json", peers=peers).json["views"] == 2)
+    wait_for(lambda: counted(mesh)["views.written"] == 2)
+    assert "2 in the last 30 days" in vstack("info", video, peers=peers).out
+
+
+@pytest.mark.processes
+def test_it_counts_what_was_played_of_the_video_whatever_the_speed(mesh: LocalMesh, film: Path) -> None:
+    video = put(mesh, film)
+
+    async def played(client: MeshClient) -> None:
+        options = PlayOptions(start=SECONDS * 0.6, speed=8, decode=False)
+        await play(client, await catalogue.find_video(client, video), options)
+
+    with_client(mesh, played)
+    assert counted(mesh)["views.counted"] == 0, "less than half of it, although its end was reached"
+
+    async def played_more(client: MeshClient) -> None:
+        options = PlayOptions(start=SECONDS * 0.4, speed=8, decode=False)
+        await play(client, await catalogue.find_video(client, video), options)
+
+    with_client(mesh, played_more)
+    wait_for(lambda: counted(mesh)["views.counted"] == 1)
+
+
+@pytest.mark.processes
+def test_a_playback_that_is_told_again_counts_once(mesh: LocalMesh, film: Path) -> None:
+    video = put(mesh, film)
+
+    async def again(client: MeshClient) -> list[bool]:
+        playback = os.urandom(16)
+        return [await client.viewed(video, playback) for _ in range(3)]
+
+    assert with_client(mesh, again) == [True] * 3
+    assert counted(mesh)["views.counted"] == 1
+    wait_for(lambda: seen(mesh, video) == 1)
+
+
+@pytest.mark.processes
+def test_a_node_that_is_stopped_writes_what_it_has_noted(mesh: LocalMesh, film: Path) -> None:
+    video = put(mesh, film)
+    assert see(mesh, video, 9) == 9
+    assert first_of_group(mesh, video).stop() == 0
+    wait_for(lambda: seen(mesh, video) == 9)
+
+
+@pytest.mark.processes
+def test_a_killed_node_loses_only_what_it_had_not_written_and_nothing_counts_twice(
+    mesh: LocalMesh, film: Path
+) -> None:
+    video = put(mesh, film)
+    node = first_of_group(mesh, video)
+    noted = see(mesh, video, 30)
+    assert noted == 30
+    wait_for(lambda: seen(mesh, video) == noted)
+    unwritten = see(mesh, video, 7)
+    node.kill()
+    noted += unwritten
+    elsewhere = see(mesh, video, 11)
+    assert elsewhere == 11, "the next node of the group takes them"
+    noted += elsewhere
+    restart(mesh, node)
+    again = see(mesh, video, 150)
+    assert again == 150
+    noted += again
+    wait_for(lambda: (now := counted(mesh))["views.written"] == now["views.counted"])
+    assert noted - unwritten <= seen(mesh, video) <= noted
+    node.kill()
+    assert noted - unwritten <= seen(mesh, video) <= noted
+
+
+@pytest.mark.processes
+def test_a_mesh_that_does_not_answer_takes_no_view_and_raises_nothing(mesh: LocalMesh, film: Path) -> None:
+    video = put(mesh, film)
+
+    async def told(client: MeshClient) -> bool:
+        for node in mesh.nodes:
+            node.kill()
+        return await client.viewed(video, os.urandom(16))
+
+    assert with_client(mesh, told) is False
+
+
+@pytest.mark.processes
+def test_views_of_what_the_mesh_does_not_have_make_no_register(mesh: LocalMesh, film: Path) -> None:
+    video = put(mesh, film)
+    assert see(mesh, "ee" * 32, 3) == 3, "noted; nothing is promised"
+    assert see(mesh, video, 2) == 2
+    wait_for(lambda: counted(mesh)["views.dropped"] == 3)
+    wait_for(lambda: seen(mesh, video) == 2)
+
+    async def registers(client: MeshClient) -> set[str]:
+        return {row.key.split("/")[1] for row in (await client.list("views/")).rows}
+
+    assert with_client(mesh, registers) == {video}
