@@ -7,7 +7,7 @@ from random import Random
 
 from tests.sim.mutants import IgnoresCutOff, RoundsStartOverForChanges
 from vstack.mesh.changes import AddMember, Authorise, RemoveMember, forced
-from vstack.mesh.config import CONFIG_KEY, Config, Grant, Member, NodeId, View, key_subject
+from vstack.mesh.config import CONFIG_KEY, Config, Grant, Member, NodeId, View, key_subject, pack_config
 from vstack.mesh.messages import (
     EMPTY,
     Accept,
@@ -382,6 +382,19 @@ def test_a_change_that_was_asked_for_twice_happens_once() -> None:
     mesh.step()
     assert mesh.changed[change_id] == MeshChanged(2)
     assert mesh.replicas[NODES[1]].view.epoch == 2
+
+
+def test_a_change_that_only_a_lost_node_knew_to_be_decided_is_found_by_those_who_voted() -> None:
+    mesh = Mesh(config(1, NODES[:3], 1))
+    wish = config(2, NODES[:4], 1, b"w" * 16)
+    ballot = Ballot(0, 1, NODES[2], 1)
+    for node in NODES[:2]:
+        mesh.replicas[node].receive(
+            NODES[2], NODES[2], Accept("config/2", ballot, Value(2, pack_config(wish))), 0.0
+        )
+    mesh.cut = {NODES[2]}
+    mesh.until(lambda: all(mesh.replicas[n].view.epoch >= 2 for n in NODES[:2]))
+    assert mesh.replicas[NODES[0]].view.at(2) == wish
 
 
 def test_another_change_waits_while_one_is_being_decided() -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.sim.node import Node
     from tests.sim.world import World
 
-LIVENESS = 20.0
+LIVENESS = 50.0
 """Virtual seconds in which an operation ends once there are no faults."""
 
 TRIES = 4
@@ -114,7 +114,7 @@ class Client:
         world, op = self.world, self.current
         assert op is not None
         self._tries += 1
-        patience = world.rng.expovariate(1 / world.profile.patience) + 0.05 if not world.healed else 6.0
+        patience = world.rng.expovariate(1 / world.profile.patience) + 0.05 if not world.healed else 15.0
         world.at(world.now + patience, self._on_patience_end, op, self._tries)
         if node is not None:
             self.epoch = max(self.epoch, node.replica.view.epoch)

@@ -30,7 +30,7 @@ from vstack.mesh.paxos.replica import Replica, Storage
 
 SETTLED = 90.0
 """Virtual seconds in which the mesh comes to rest once there are no faults."""
-LAST_CHANGE = 8.0
+LAST_CHANGE = 15.0
 """Virtual seconds after which no change goes on that was under way when faults stopped."""
 MAX_EVENTS = 400_000
 
@@ -335,7 +335,7 @@ class World:
         if not members or len(view.config.voters) == 1 or self.lost:
             return None
         member = rng.choice(members)
-        self._shrinks_until = self.now + LAST_CHANGE / 2
+        self._shrinks_until = self.now + 3.0
         return (
             admin.remove(member.node) if kind == "remove" else admin.drain(member.node, not member.draining)
         )
@@ -362,7 +362,7 @@ class World:
                 machine.crash()
             self._rename(machine)
         machine.gone = False
-        machine.reserved_until = self.now + LAST_CHANGE
+        machine.reserved_until = self.now + 8.0
         self._restart(machine)
         return machine
 

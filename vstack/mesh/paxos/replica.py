@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple, Protocol
 
+from vstack.errors import DamagedData
 from vstack.mesh.changes import ChangeRefused, MeshChange, MoveBase, leaving, successor, unsettled
-from vstack.mesh.config import CONFIG_KEY, GENESIS, Config, NodeId, View
+from vstack.mesh.config import CONFIG_KEY, GENESIS, Config, NodeId, View, unpack_config
 from vstack.mesh.messages import (
     Accept,
+    Accepted,
     AnyItem,
     Failure,
     Forward,
@@ -49,6 +51,10 @@ FETCH_EVERY = 0.25
 """Seconds between two questions for the chain."""
 FETCH_TRIES = 8
 """Questions to one node that it may leave unanswered, until it is heard of again."""
+FINISH_AFTER = 2.0
+"""Seconds, and up to twice as many, after which a node brings to its end what it has voted for."""
+BEGUN_PATIENCE = 5.0
+"""Seconds that a decree has that nobody asked for: of base, or of what somebody else began."""
 SETTLE_WINDOW = 256
 """Keys that are being settled at once."""
 SETTLE_PAGES = 16
@@ -147,6 +153,9 @@ class Replica:
         self._decree: Decree | None = None
         self._asked: list[tuple[bytes, float, Hashable]] = []
         """Whose change the decree is about: id, deadline, tag."""
+        self._vote_cast = True
+        """This node may have accepted a configuration that it does not know to be decided."""
+        self._finish_at: float | None = None
         self._base_at: float | None = None
         self._pass = 0
         """The epoch that is being settled."""
@@ -237,6 +246,8 @@ class Replica:
         reply = self.acceptor.receive(m)
         if reply is not None:
             self.replies.append((reply_to, reply))
+            if isinstance(reply, Accepted) and m.key.startswith(CONFIG_KEY):
+                self._vote_cast = self._news = True
 
     def _look_for_epoch(self, sender: NodeId) -> None:
         if self.acceptor.epoch_wanted > self.view.epoch:
@@ -258,12 +269,13 @@ class Replica:
             self._conclude(now)
             self._expire_changes(now)
         self._news = False
+        self._finish(now)
         self._settle(now)
         self._move_base(now)
 
     def next_wake(self) -> float | None:
         """When `tick` has something to do next; None if nothing is planned."""
-        times = [t for t in (self.proposer.next_wake(), self._base_at) if t is not None]
+        times = [t for t in (self.proposer.next_wake(), self._base_at, self._finish_at) if t is not None]
         if self._news:
             times.append(0.0)
         if self._decree is not None:
@@ -328,9 +340,9 @@ class Replica:
         self.counters["dropped_subjects"] += len(drop)
         for config in configs:
             self.view.adopt(config)
-        self._base_at = None
+        self._base_at = self._finish_at = None
         self._pass = 0
-        self._news = True
+        self._vote_cast = self._news = True
         self.proposer.on_epoch(now)
         self._answer_changes()
         held, self._held = self._held, []
@@ -406,6 +418,37 @@ class Replica:
             self.changes.append((tag, Failure("late", "no majority of the members answered in time")))
         if not self._asked:
             self._decree = None
+
+    def _finish(self, now: float) -> None:
+        """What this node has accepted may be decided, and whoever knew may be gone for good, while nothing
+        else can be proposed before it is known: so what was begun is brought to an end."""
+        if self._vote_cast:
+            self._vote_cast = False
+            pause = FINISH_AFTER * self._rng.uniform(1.0, 2.0)
+            self._finish_at = None if self._accepted_next() is None else now + pause
+        if self._finish_at is None or now < self._finish_at:
+            return
+        self._finish_at = now + BEGUN_PATIENCE + FINISH_AFTER * self._rng.uniform(1.0, 2.0)
+        wish = self._accepted_next()
+        if wish is not None and self._decree is None:
+            self._decide(wish, now)
+
+    def _accepted_next(self) -> Config | None:
+        """The configuration after this one that this node has accepted."""
+        if self.view.epoch == 0:
+            return None  # the first one is decided by `Forming`
+        try:
+            value = self.acceptor.record(f"{CONFIG_KEY}{self.view.epoch + 1}").value
+        except DamagedData:
+            return None
+        return None if value.data is None else unpack_config(value.data)
+
+    def _decide(self, wish: Config, now: float) -> None:
+        """A decree that nobody waits for."""
+        self._decree = self.make_decree(wish)
+        self._asked.append((b"", now + BEGUN_PATIENCE, None))
+        self._decree.tick(now)
+        self._conclude(now)
 
     # -- settling, and base -----------------------------------------------------------------------
 
@@ -484,11 +527,7 @@ class Replica:
         if now >= self._base_at:
             self._base_at = None
             try:
-                self._decree = self.make_decree(
-                    self.successor(MoveBase(self.view.epoch), self._rng.randbytes(16))
-                )
+                wish = self.successor(MoveBase(self.view.epoch), self._rng.randbytes(16))
             except ChangeRefused:
                 return
-            self._asked.append((b"", now + 5.0, None))
-            self._decree.tick(now)
-            self._conclude(now)
+            self._decide(wish, now)
