@@ -78,7 +78,8 @@ class Storage(Protocol):
     def subjects(self) -> Iterable[str]:
         """All video ids that occur in keys."""
 
-    def commit(self, records: Mapping[str, Record]) -> None: ...
+    def commit(self, records: Mapping[str, Record]) -> None:
+        """These, and whatever commit is in flight before them."""
 
     def adopt(self, configs: Sequence[Config], drop: Iterable[str]) -> None:
         """Stores decided configurations, and deletes the registers of the subjects in `drop`."""
@@ -331,9 +332,8 @@ class Replica:
 
     def adopt(self, configs: Sequence[Config], now: float) -> None:
         """Decided successors of the newest configuration: durable, and in force, when this returns."""
-        if self.acceptor.dirty:
-            self._storage.commit(self.acceptor.dirty)
-            self.acceptor.committed()
+        self._storage.commit(self.acceptor.dirty)  # even if empty: what is in flight must be there to drop
+        self.acceptor.committed()
         drop = self.dropped_by(configs)
         self._storage.adopt(configs, drop)
         self.counters["epochs"] += len(configs)
