@@ -274,6 +274,17 @@ def test_B13_a_node_that_left_and_came_back_has_none_of_its_old_votes() -> None:
     assert replica.view.serves(NODES[0], VIDEO)
 
 
+def test_B13_a_node_that_was_declared_lost_and_returns_has_none_of_its_old_votes() -> None:
+    mesh = Mesh(config(1, NODES[:3], 1))
+    mesh.write(NODES[0], VIDEO, b"x")
+    mesh.cut = set(NODES[:2])
+    replica = mesh.replicas[NODES[0]]
+    recovered = forced(replica.view, NODES[:2], b"f" * 16)
+    replica.adopt((recovered, config(3, [NODES[0], NODES[2]], 1), config(4, [NODES[0], NODES[2]], 3)), 0.0)
+    assert replica.view.serves(NODES[0], VIDEO)
+    assert VIDEO not in mesh.storage[NODES[0]].records
+
+
 def test_a_removed_node_may_leave_only_when_base_has_passed_it() -> None:
     mesh = Mesh(config(1, NODES[:3], 1))
     replica = mesh.replicas[NODES[2]]

@@ -592,9 +592,11 @@ class World:
         watcher, newest = self.watcher, self.watcher.newest
         config = watcher.chain[newest]
         members = [self._current[n] for n in config.nodes if n in self._current]
+        if self.now > self.profile.horizon - 1.0:
+            return  # what burns down now would come back before anybody recovers
         decided = f"config/{newest + 1}" in watcher.registers
         if decided or len(members) < 3 or any(m.replica.view.epoch != newest for m in members):
-            if self.now < self.profile.horizon:
+            if self.now < self.profile.horizon - 1.0:
                 self.at(self.now + 0.2, self._disaster)
             return
         dead = self.rng.sample(members, len(members) // 2 + 1)

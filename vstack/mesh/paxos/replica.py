@@ -358,7 +358,7 @@ class Replica:
         for config in configs:
             base = scratch.base
             scratch.adopt(config)
-            if config.base != base:
+            if config.base != base or config.lost:
                 if subjects is None:
                     subjects = list(self._storage.subjects())
                 drop.update((s, None) for s in subjects if not scratch.serves(self.me, f"video/{s}"))
