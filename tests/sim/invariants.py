@@ -7,6 +7,7 @@ the ballot's epoch accepted, at whatever times. Each ballot is judged by the era
 
 Beside I1 to I10, of the chain:
 
+    boot        goes up with each process of a node
     agreement   one configuration per epoch, adopted only if a majority of the members before accepted
                 it in one ballot, or the operator forced it
     base        never goes down; when it moves, every key that has a chosen value in an older epoch has
@@ -127,6 +128,7 @@ class Watcher:
         """What each node ever made durable: more than its disk has, if it loses something."""
         self.epochs: dict[NodeId, int] = {}
         """The newest epoch that each node ever adopted."""
+        self.boots: dict[NodeId, int] = {}
         self.born: dict[bytes, int] = {}
         """The epoch of each operation, when its client first sent it."""
         self.forced: dict[int, Config] = {}
@@ -169,8 +171,11 @@ class Watcher:
         """A mesh that exists when the world begins."""
         self.chain[1] = config
 
-    def started(self, node: NodeId, epoch: int) -> None:
+    def started(self, node: NodeId, epoch: int, boot: int) -> None:
         """A process starts, with what its disk has."""
+        if boot <= self.boots.get(node, 0) and node not in self.void:
+            raise Violation(f"boot {node}: {boot} after {self.boots[node]}")
+        self.boots[node] = max(boot, self.boots.get(node, 0))
         if epoch < self.epochs.get(node, 0) and node not in self.void:
             raise Violation(f"I1 {node}: epoch {self.epochs[node]} on disk became {epoch}")
         self.epochs[node] = max(epoch, self.epochs.get(node, 0))
@@ -413,7 +418,7 @@ class Watcher:
 class Blind(Watcher):
     """Knows the chain, and judges nothing: the clients' histories alone have to show what is wrong."""
 
-    def started(self, node: NodeId, epoch: int) -> None:
+    def started(self, node: NodeId, epoch: int, boot: int) -> None:
         pass
 
     def adopted(

@@ -140,7 +140,7 @@ class Node:
         self.in_flight: Batch | None = None
         self.wake_at = float("inf")
         self.forming: Forming | None = None
-        world.watcher.started(disk.node, self.replica.view.epoch)
+        world.watcher.started(disk.node, self.replica.view.epoch, disk.boot)
         if self.address in world.forming_list and not disk.chain:
             make = variant.forming
             self.forming = make(
