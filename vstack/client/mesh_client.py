@@ -23,7 +23,7 @@ import zmq.asyncio
 
 from vstack.errors import DamagedData, MeshUnavailable, OutcomeUnknown, UsageError, VstackError
 from vstack.mesh.changes import Authorise, MeshChange, Revoke
-from vstack.mesh.config import Config, Member, NodeId, group, key_subject, leader
+from vstack.mesh.config import Config, Member, NodeId, group, key_subject, leader, same_leader
 from vstack.mesh.dialer import Answered, Dialer, KeyRefused, NoAnswer, Refused
 from vstack.mesh.keys import ClientKey, load_client
 from vstack.mesh.messages import (
@@ -299,9 +299,13 @@ class MeshClient:
 
     async def _submit(self, ops: Sequence[Op]) -> list[Outcome]:
         by_route: dict[tuple[NodeId, ...], list[int]] = {}
+        routes: dict[str | tuple[str, int], tuple[NodeId, ...]] = {}
         for i, op in enumerate(ops):
-            route = by_route.setdefault(self._route(op.key), [])
-            route.append(i)
+            alike = same_leader(op.key)
+            route = routes.get(alike)
+            if route is None:
+                route = routes[alike] = self._route(op.key)
+            by_route.setdefault(route, []).append(i)
         outcomes: list[Outcome] = [Unknown("not asked")] * len(ops)
 
         async def along(route: tuple[NodeId, ...], which: list[int]) -> None:

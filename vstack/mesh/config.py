@@ -8,6 +8,7 @@ A configuration is immutable once decided. The mesh id is the hash of the first 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple
 
@@ -18,6 +19,9 @@ NodeId = str
 """32 hex digits, random, minted inside the vote store."""
 
 HASH_VERSION = 1
+
+INDEX_DIGITS = 8
+"""Of a chunk's index at the end of its key."""
 
 CONFIG_KEY = "config/"
 """Keys below this prefix decide configurations. They live outside the epoch fence."""
@@ -151,6 +155,26 @@ class Era(NamedTuple):
         return min(self.size // 2 + 1, len(self.group))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """What a view says of one register, or of all chunk registers of one upload."""
+
+    epoch: int
+    """The epoch that named the upload; 0 for other keys."""
+    eras: tuple[Era, ...]
+    """Newest first."""
+    group: tuple[NodeId, ...]
+    """Of the newest era."""
+    majority: int
+    everyone: tuple[NodeId, ...]
+    """The acceptors of all eras."""
+    leaders: tuple[NodeId, ...]
+    """In turns, each for 128 chunks; empty for keys that have no leader."""
+
+    def leader(self, key: str) -> NodeId | None:
+        return self.leaders[int(key[-INDEX_DIGITS:]) // 128 % len(self.leaders)] if self.leaders else None
+
+
 class View:
     """What one node knows of the chain: the configurations from `base` to `epoch`.
 
@@ -164,8 +188,8 @@ class View:
         self.config = chain[-1]
         """The newest configuration."""
         self._eras: dict[str, tuple[Era, ...]] = {}
-        self._leaders: dict[tuple[str, int], tuple[tuple[NodeId, ...], int]] = {}
-        self._open = self._open_configs()
+        self._places: dict[str, Place] = {}
+        self._look()
 
     @property
     def epoch(self) -> int:
@@ -184,8 +208,8 @@ class View:
         for epoch in [e for e in self._chain if e < config.base]:
             del self._chain[epoch]
         self._eras.clear()
-        self._leaders.clear()
-        self._open = self._open_configs()
+        self._places.clear()
+        self._look()
 
     def chain(self) -> tuple[Config, ...]:
         """The configurations that are open: base..epoch, oldest first."""
@@ -195,26 +219,46 @@ class View:
         """Raises KeyError for an epoch that is not open."""
         return self._chain[epoch]
 
-    def _open_configs(self) -> tuple[Config, ...]:
-        return tuple(c for e, c in sorted(self._chain.items()) if e >= self.config.base)
-
-    @property
-    def lost(self) -> frozenset[NodeId]:
+    def _look(self) -> None:
+        """What follows from the chain, worked out once: it is asked for with every message."""
+        self._open = tuple(c for e, c in sorted(self._chain.items()) if e >= self.config.base)
+        self.lost = frozenset(n for c in self._open for n in c.lost)
         """Nodes of open epochs that the operator has declared lost."""
-        return frozenset(n for c in self._open for n in c.lost)
-
-    @property
-    def participants(self) -> frozenset[NodeId]:
+        self.participants = frozenset(n for c in self._open for n in c.nodes) - self.lost
         """All members of open epochs: whose messages about registers count."""
-        return frozenset(n for c in self._open for n in c.nodes) - self.lost
+        self._settled = all(set(c.voters) == set(self.config.voters) for c in self._open)
 
     def is_settled(self) -> bool:
         """Whether every key has one era: all open configurations have the same voters."""
-        return all(set(c.voters) == set(self.config.voters) for c in self._open)
+        return self._settled
+
+    def place(self, key: str) -> Place:
+        """All of it at once, looked up by what the chunks of an upload have in common.
+
+        Raises ValueError for a malformed chunk key.
+        """
+        stem = key[:-INDEX_DIGITS] if key.startswith("chunk/") else key
+        found = self._places.get(stem)
+        if found is None:
+            if len(self._places) >= 65536:
+                self._places.clear()
+            found = self._places[stem] = self._find_place(key)
+        return found
+
+    def _find_place(self, key: str) -> Place:
+        eras, epoch = self.eras(key), key_epoch(key)
+        leaders: tuple[NodeId, ...] = ()
+        if key.startswith("chunk/"):
+            video = key_subject(key)
+            acceptors = group(self._chain.get(epoch, self.config), video)
+            turn = _score(video, "leader") % len(acceptors) if acceptors else 0
+            leaders = acceptors[turn:] + acceptors[:turn]
+        everyone = tuple(dict.fromkeys(node for era in eras for node in era.group))
+        return Place(epoch, eras, eras[0].group, eras[0].majority, everyone, leaders)
 
     def group(self, key: str) -> tuple[NodeId, ...]:
         """The acceptors of `key` in the newest epoch."""
-        return self.eras(key)[0].group
+        return self.place(key).group
 
     def eras(self, key: str) -> tuple[Era, ...]:
         """The eras of `key` in base..epoch, newest first. A -> B -> A is three eras (bug B16)."""
@@ -238,7 +282,7 @@ class View:
 
     def serves(self, node: NodeId, key: str) -> bool:
         """Whether `node` is an acceptor of `key` in any live era."""
-        return any(node in era.group for era in self.eras(key))
+        return node in self.place(key).everyone
 
     def leader(self, key: str) -> NodeId | None:
         """The implicit leader of a chunk register, or None for keys that have none.
@@ -246,18 +290,13 @@ class View:
         A right to one fast create, and otherwise only a hint where to send a request first.
         128 neighbouring chunks share one, so that their creates share envelopes.
         """
-        if not key.startswith("chunk/"):
-            return None
-        _, video, upload, index = key.split("/")
-        epoch = int(upload.split(".")[0])
-        known = self._leaders.get((video, epoch))
-        if known is None:
-            acceptors = group(self._chain.get(epoch, self.config), video)
-            if len(self._leaders) >= 65536:
-                self._leaders.clear()
-            known = self._leaders[video, epoch] = (acceptors, _score(video, "leader"))
-        acceptors, turn = known
-        return acceptors[(turn + int(index) // 128) % len(acceptors)] if acceptors else None
+        return self.place(key).leader(key)
+
+
+def same_leader(key: str) -> str | tuple[str, int]:
+    """Equal for keys that have the same leader and group in every configuration, because they are
+    neighbouring chunks of one upload."""
+    return (key[:-INDEX_DIGITS], int(key[-INDEX_DIGITS:]) // 128) if key.startswith("chunk/") else key
 
 
 def leader(config: Config, key: str) -> NodeId | None:

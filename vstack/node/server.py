@@ -24,7 +24,8 @@ from time import monotonic, time
 import msgspec
 
 from vstack import __version__
-from vstack.errors import VstackError
+from vstack.errors import UsageError, VstackError
+from vstack.mesh.access import directory
 from vstack.mesh.changes import (
     AddMember,
     ChangeRefused,
@@ -141,11 +142,15 @@ class Node:
         seeds = (settings.peers or (settings.advertise,)) if not settings.found else (settings.advertise,)
         self.peers = Peers(settings, self.votes, self.view, seeds, self._rng, self._started)
         self.proposer.is_live = self.peers.is_live
-        member = Member(self.me, settings.advertise, settings.zone, settings.weight)
+        member = Member(self.me, settings.advertise, settings.zone, settings.weight, settings.public_key)
+        self._check_own_key()
         self._entrance = None if chain else Entrance(member, self.votes.boot, seeds, self.acceptor, self._rng)
+        if self._entrance is not None and settings.keys is not None:
+            self._entrance.forming.grants = settings.keys.mesh.admins
         self._myself = member
-        self.transport = self.peers.transport = Transport(self.peers.greet, self.peers.hello)
+        self.transport = self.peers.transport = Transport(self.peers.greet, self.peers.hello, settings.keys)
         self.transport.epoch = self.view.epoch
+        self._admit()
         self.transport.listen(settings.listen)
         self.store = ChunkStore(settings.data / "store", node=self.me)
         self._workers = PieceWorkers(self.store, self.transport.wakeup, monotonic)
@@ -156,6 +161,27 @@ class Node:
         self._said_waiting = ""
         self._update_at = 0.0
         self._counters: Counter[str] = Counter()
+
+    def _check_own_key(self) -> None:
+        """Raises UsageError if the mesh knows this node by another key than it has, or by none."""
+        member = self.view.config.member(self.me)
+        if member is None or member.key == self.settings.public_key:
+            return
+        if self.settings.keys is None:
+            raise UsageError("the mesh of this data directory uses keys: start the node with --keys")
+        if not member.key:
+            raise UsageError("the mesh of this data directory was founded without keys: leave out --keys")
+        raise UsageError(
+            f"node.key in {self.settings.data} is not the key that the mesh knows this node by: put it "
+            "back, or start this machine with an empty data directory"
+        )
+
+    def _admit(self) -> None:
+        """Who may connect is as the open configurations say."""
+        if self.settings.keys is not None:
+            mesh = self.settings.keys.mesh
+            chain = self.view.chain() if self.view.epoch else ()
+            self.transport.admit(directory(chain, mesh.pair.public, mesh.admins))
 
     @property
     def mesh(self) -> str:
@@ -302,6 +328,7 @@ class Node:
         config = self.view.config
         self._entrance = None
         self.transport.epoch = config.epoch
+        self._admit()
         self.peers.on_configuration()
         log.info(
             "mesh %s: epoch %d, base %d, %d members",
@@ -497,6 +524,8 @@ class Node:
         hello = request.session.hello
         if hello.role != "node" or hello.node != member.node or member.draining:
             self._reply(request, Failure("refused", "a node asks for itself"))
+        elif (len(member.key) == 32) != (self.settings.keys is not None):
+            self._reply(request, Failure("refused", "a node comes with its key to a mesh that uses keys"))
         elif any(member.node in c.nodes for c in self.votes.chain()) and not self.view.config.member(
             member.node
         ):
@@ -647,6 +676,7 @@ class Node:
             self.view.base,
             self.replica.settled,
             tuple(sorted(leaving(self.view))),
+            not self.view.is_settled(),
             {epoch: tuple(nodes) for epoch, nodes in waiting.items()},
         )
 
@@ -675,7 +705,9 @@ def envelopes(items: list[AnyItem]) -> list[Envelope]:
     now: list[AnyItem] = []
     size = 0
     for item in items:
-        bulk = 400 + (len(item.value.data or b"") if isinstance(item, Accept | Promise | ReadReply) else 0)
+        bulk = 400
+        if isinstance(item, (Accept, Promise, ReadReply)) and item.value.data is not None:
+            bulk += len(item.value.data)
         if now and (len(now) == ENVELOPE_ITEMS or size + bulk > ENVELOPE_BYTES):
             out.append(Envelope(tuple(now)))
             now, size = [], 0

@@ -69,15 +69,18 @@ class Acceptor:
         """The reply, to be sent after the next commit; None if the message gets none."""
         try:
             if not m.key.startswith(CONFIG_KEY):
+                now = self.view.epoch
                 epoch = m.epoch if isinstance(m, Read) else m.ballot.epoch
-                if epoch > self.view.epoch:
+                if epoch > now:
                     self.epoch_wanted = max(self.epoch_wanted, epoch)
                     return None
-                if not self.view.serves(self.me, m.key):
-                    return self._outside(m) if epoch < self.view.epoch else None
-                if epoch < key_epoch(m.key) and isinstance(m, Read):
-                    return None  # nothing exists about a key before the epoch that named it
-                if epoch < max(key_epoch(m.key), self.view.epoch) and not isinstance(m, Read):
+                place = self.view.place(m.key)
+                if self.me not in place.everyone:
+                    return self._outside(m) if epoch < now else None
+                if isinstance(m, Read):
+                    if epoch < place.epoch:
+                        return None  # nothing exists about a key before the epoch that named it
+                elif epoch < max(place.epoch, now):
                     return self._nack(m.key, m.ballot, self.record(m.key))
             if isinstance(m, Prepare):
                 return self.on_prepare(m)
@@ -127,7 +130,8 @@ class Acceptor:
         return ReadReply(m.key, m.token, self.view.epoch, record.accepted, record.value)
 
     def _may_create(self, m: Accept) -> bool:
-        return m.ballot.epoch == key_epoch(m.key) and m.ballot.node == self.view.leader(m.key)
+        place = self.view.place(m.key)
+        return m.ballot.epoch == place.epoch and m.ballot.node == place.leader(m.key)
 
     def _nack(self, key: str, ballot: Ballot, record: Record) -> Nack:
         epoch = self.view.epoch if key.startswith(CONFIG_KEY) else max(self.view.epoch, key_epoch(key))

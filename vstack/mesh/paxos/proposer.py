@@ -274,19 +274,19 @@ class Proposer:
                 key, Ballot(epoch, self._round, self.me, self.boot), Phase.PREPARE, waiting, now
             )
             self._begin(state, attempt, now)
-            everyone = dict.fromkeys(node for era in self.view.eras(key) for node in era.group)
-            self._send(tuple(everyone), Prepare(key, attempt.ballot), now)
+            self._send(self.view.place(key).everyone, Prepare(key, attempt.ballot), now)
         self._drain()
 
     def _is_unheard_of(self, key: str) -> bool:
         """Whether the key's upload was opened in an epoch that this node has to adopt first."""
-        return key_epoch(key) > self.view.epoch
+        return self.view.place(key).epoch > self.view.epoch
 
     def _may_create(self, key: str, waiting: list[Waiting]) -> bool:
         """The right to round 0: see *fast create* above. Asked of the own disk, so a restart remembers."""
-        if key_epoch(key) != self.view.epoch or self.view.leader(key) != self.me:
-            return False
         if waiting[0].op.expect != 0 or waiting[0].op.data is None:
+            return False
+        place = self.view.place(key)
+        if place.epoch != self.view.epoch or place.leader(key) != self.me:
             return False
         try:
             return self.acceptor.record(key) == EMPTY
@@ -352,11 +352,11 @@ class Proposer:
         self._propose(attempt, best.value, now)
 
     def _on_accepted(self, state: KeyState, attempt: Attempt, sender: NodeId, now: float) -> None:
-        newest = self.view.eras(attempt.key)[0]
-        if sender not in newest.group:
+        place = self.view.place(attempt.key)
+        if sender not in place.group:
             return
         attempt.accepted.add(sender)
-        if len(attempt.accepted) < newest.majority:
+        if len(attempt.accepted) < place.majority:
             return
         self.counters["chosen"] += 1
         for w, outcome in zip(attempt.waiting, attempt.outcomes, strict=True):
