@@ -87,6 +87,11 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
             f"  {chosen} decisions ({totals['paxos.fast']} by their leader in one round trip), "
             f"{sent} envelopes between nodes, {totals['malformed']} malformed messages dropped"
         )
+        if totals["keys.refused"] or totals["keys.forbidden"]:
+            show.out.print(
+                f"  refused for their keys: {totals['keys.refused']} connections, "
+                f"{totals['keys.forbidden']} messages"
+            )
     return 3 if not quorum else DEGRADED if health == "degraded" else 0
 
 

@@ -31,8 +31,11 @@ def up(options: argparse.Namespace) -> int:
         raise UsageError(f"a mesh of {count} nodes cannot be started here: 1 to 50")
     if not 1 <= port <= 65536 - 2 * count:
         raise UsageError(f"{count} nodes from port {port} on do not fit: --port is 1 to {65536 - 2 * count}")
+    if known is not None and options.insecure and known.get("keys"):
+        raise UsageError(f"the mesh in {folder} was founded with keys: leave out --insecure")
+    secure = not options.insecure if known is None else bool(known.get("keys"))
     folder.mkdir(parents=True, exist_ok=True)
-    mesh = LocalMesh(folder, count, port)
+    mesh = LocalMesh(folder, count, port, keys=folder / "keys" if secure else None)
     interrupt.as_ctrl_c()
     mesh.start(detach=options.detach)
     mesh.record()
@@ -40,11 +43,14 @@ def up(options: argparse.Namespace) -> int:
     for number in interrupt.SIGNALS:
         signal.signal(number, lambda *_: stop.set())
     if options.json:
-        show.print_json({"peers": mesh.peers, "nodes": [n.node for n in mesh.nodes]})
+        key = str(mesh.client_key) if mesh.client_key else None
+        show.print_json({"peers": mesh.peers, "nodes": [n.node for n in mesh.nodes], "keys": key})
     else:
         for node in mesh.nodes:
             show.out.print(f"node {node.number}  {node.address}  {node.node[:8]}  {node.data}")
         show.out.print(f"the mesh is up; use it with: vstack --help   (peers: {','.join(mesh.peers)})")
+        if mesh.client_key is not None:
+            show.out.print(f"from another folder, say who you are: --keys {mesh.client_key.absolute()}")
     if options.detach:
         return 0
     with mesh:

@@ -43,10 +43,8 @@ class Moving:
     """By open epoch, the nodes that have not settled what they hold."""
     silent: tuple[NodeId, ...]
     """Members that did not answer."""
-
-    @property
-    def done(self) -> bool:
-        return not self.leaving and not self.waiting
+    done: bool
+    """Nothing is moving: base has passed every other set of voters."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ async def moving(mesh: MeshClient) -> Moving:
         raise MeshUnavailable("no node of the mesh answers")
     newest = max(told, key=lambda s: (s.epoch, -sum(len(w) for w in s.waiting.values())))
     silent = tuple(m.node for m, a in zip(mesh.members, answers, strict=True) if a is None)
-    return Moving(newest.epoch, newest.base, newest.leaving, newest.waiting, silent)
+    return Moving(newest.epoch, newest.base, newest.leaving, newest.waiting, silent, not newest.moving)
 
 
 async def _status(mesh: MeshClient, node: NodeId) -> Status | None:

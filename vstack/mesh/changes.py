@@ -169,6 +169,8 @@ def _with_member(members: list[Member], new: Member) -> list[Member]:
             raise ChangeRefused(
                 f"node {other.node[:8]} is a member at {new.address} already: remove or replace it first"
             )
+        if other.node != new.node and new.key and other.key == new.key:
+            raise ChangeRefused(f"node {other.node[:8]} is a member with that key: each node has its own")
         if other.node == new.node:
             if other == msgspec.structs.replace(new, draining=other.draining):
                 raise ChangeRefused(f"node {new.node[:8]} is a member already")

@@ -238,8 +238,6 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """Where a node is dialled: host:port of its control lane."""
     key: PublicKey = b""
     """A node's public key."""
-    proof: Annotated[bytes, Meta(max_length=32)] = b""
-    """That the sender holds the mesh's secret key: see `mesh.keys`."""
 
 
 class HelloRequired(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -447,6 +445,8 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag=20):
     """The newest epoch at which all registers that this node holds are settled."""
     leaving: tuple[str, ...] = ()
     """Nodes that are not in the mesh any more, and whose votes have not all moved: they must stay up."""
+    moving: bool = False
+    """Some registers may still be held by groups of older epochs: base has not passed them."""
     waiting: dict[int, tuple[str, ...]] = {}
     """Why they have not: by open epoch, the nodes that still have to settle what they hold."""
 

@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 import tomllib
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from vstack import __version__
 from vstack.errors import DamagedData, UsageError, VstackError
+from vstack.mesh.keys import NODE_KEY, load_node
 from vstack.mesh.messages import MAX_WEIGHT, MAX_ZONE
 from vstack.mesh.transport import parse_address
 from vstack.node.disk import Disk
@@ -56,10 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--capacity", metavar="SIZE", help="share of the pieces, as in 500G or 4T (default 1T)")
     p.add_argument("--config", metavar="FILE", type=Path, help="TOML file with the same names as keys")
     p.add_argument(
+        "--keys",
+        metavar="DIR",
+        type=Path,
+        help="where mesh.key is: encrypt and authenticate every connection",
+    )
+    p.add_argument(
         "--insecure",
         action="store_true",
         default=None,
-        help="listen beyond loopback although connections are neither encrypted nor authenticated",
+        help="listen beyond loopback without keys: anybody who reaches the port can do anything",
     )
     p.add_argument("--log-format", choices=("text", "json"), help="of the log on stderr (default text)")
     p.add_argument(
@@ -96,7 +104,7 @@ def read_options(argv: list[str] | None) -> dict[str, Any]:
         raise UsageError(f"cannot read the configuration {path}: {e.strerror}") from e
     except tomllib.TOMLDecodeError as e:
         raise UsageError(f"{path} is not TOML: {e}") from e
-    known = {"listen", "advertise", "data", "peers", "zone", "capacity", "insecure", "log_format"}
+    known = {"listen", "advertise", "data", "peers", "zone", "capacity", "keys", "insecure", "log_format"}
     from_file = {k.replace("-", "_"): v for k, v in from_file.items()}
     for key in from_file.keys() - known:
         raise UsageError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
@@ -105,8 +113,9 @@ def read_options(argv: list[str] | None) -> dict[str, Any]:
     for key, value in from_file.items():
         if not isinstance(value, bool if key == "insecure" else str):
             raise UsageError(f"{path}: {key} needs {'true or false' if key == 'insecure' else 'a string'}")
-    if "data" in from_file:
-        from_file["data"] = Path(from_file["data"])
+    for name in ("data", "keys"):
+        if name in from_file:
+            from_file[name] = Path(from_file[name])
     return from_file | given
 
 
@@ -129,10 +138,13 @@ def settings_from(options: dict[str, Any]) -> NodeSettings:
     peers = tuple(p.strip() for p in options.get("peers", "").split(",") if p.strip())
     for peer in peers:
         parse_address(peer)
-    if not is_loopback(host) and not options.get("insecure"):
+    if "keys" in options and options.get("insecure"):
+        raise UsageError("--keys and --insecure contradict each other: say one of them")
+    if not is_loopback(host) and "keys" not in options and not options.get("insecure"):
         raise UsageError(
-            f"{listen} is reachable by other machines, and connections are not authenticated: "
-            "listen on 127.0.0.1, or say --insecure if the network is yours alone"
+            f"{listen} is reachable by other machines, and without keys connections are not authenticated: "
+            "make keys with `vstack keys init DIR` and say --keys DIR, listen on 127.0.0.1, "
+            "or say --insecure if the network is yours alone"
         )
     if host in ("0.0.0.0", "::", "*") and "advertise" not in options:
         raise UsageError(f"{listen} says nothing that others could dial: add --advertise HOST:PORT")
@@ -186,9 +198,11 @@ def set_votes_aside(folder: Path) -> None:
         aside = next(p for i in count(1) if not (p := folder / f"votes.aside-{i}").exists())
         logging.getLogger(__name__).warning("%s: set aside as %s", e, aside)
         try:
+            # The key is the old identity's: another node may live with it, if this was a copy.
+            (folder / NODE_KEY).unlink(missing_ok=True)
             votes.rename(aside)
         except OSError as error:
-            raise UsageError(f"{votes} cannot be renamed: {error.strerror}") from error
+            raise UsageError(f"{votes} cannot be set aside: {error.strerror}") from error
     else:
         raise UsageError(f"the votes in {votes} are good: start without --rejoin")
 
@@ -241,6 +255,8 @@ def main(argv: list[str] | None = None) -> None:
         claim(settings.data)
         if options.get("rejoin"):
             set_votes_aside(settings.data)
+        if "keys" in options:
+            settings = replace(settings, keys=load_node(options["keys"], settings.data))
         node = Node(settings, announce)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: node.stop())

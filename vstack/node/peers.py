@@ -108,6 +108,7 @@ class Peers:
             self._settings.weight,
             self._votes.process,
             self._settings.advertise,
+            self._settings.public_key,
         )
 
     def greet(self, hello: Hello) -> Hello | Failure:

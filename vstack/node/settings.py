@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vstack.errors import VstackError
+from vstack.mesh.keys import NodeKeys
 
 
 class NotOurMesh(VstackError):
@@ -34,3 +35,10 @@ class NodeSettings:
     """Where to append every vote accepted, for audits."""
     found: bool = False
     """Found a mesh of one, whatever else is out there."""
+    keys: NodeKeys | None = None
+    """None: connections are neither encrypted nor authenticated."""
+
+    @property
+    def public_key(self) -> bytes:
+        """This node's; empty without keys."""
+        return self.keys.own.public if self.keys else b""

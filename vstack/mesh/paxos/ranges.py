@@ -34,9 +34,7 @@ def askers(view: View, prefix: str) -> tuple[NodeId, ...]:
     """The acceptors that a listing of `prefix` has to ask."""
     if _of_one_video(prefix):  # one group
         return tuple(dict.fromkeys(n for era in view.eras(prefix) for n in era.group))
-    return tuple(
-        dict.fromkeys(n for config in view.chain() if config.epoch >= view.base for n in config.nodes)
-    )
+    return tuple(dict.fromkeys(n for config in view.chain() for n in config.voters if n not in view.lost))
 
 
 def _of_one_video(prefix: str) -> bool:
@@ -88,8 +86,9 @@ def _complete(view: View, prefix: str, answered: Iterable[NodeId]) -> bool:
     here = set(answered)
     if _of_one_video(prefix):
         return all(len(here & set(era.group)) >= era.majority for era in view.eras(prefix))
-    return all(
-        len(set(config.nodes) - here) <= (config.g - 1) // 2
-        for config in view.chain()
-        if config.epoch >= view.base
-    )
+    for config in view.chain():
+        lost = view.lost & set(config.voters)
+        silent = set(config.voters) - lost - here
+        if len(silent) > max(0, (config.g - 1) // 2 - len(lost)):
+            return False
+    return True
