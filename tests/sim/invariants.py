@@ -129,6 +129,8 @@ class Watcher:
         self.epochs: dict[NodeId, int] = {}
         """The newest epoch that each node ever adopted."""
         self.boots: dict[NodeId, int] = {}
+        self.tokens: dict[tuple[NodeId, int], int] = {}
+        """Which process used each token of a read."""
         self.born: dict[bytes, int] = {}
         """The epoch of each operation, when its client first sent it."""
         self.forced: dict[int, Config] = {}
@@ -352,6 +354,10 @@ class Watcher:
             raise Violation(f"I8 {m.key}: a message of epoch {epoch}")
         if isinstance(m, Prepare) and m.ballot.round == 0:
             raise Violation(f"I8 {m.key}: phase 1 at round 0")
+        if isinstance(m, Read):
+            boot = self.boots.get(node, 0)
+            if self.tokens.setdefault((node, m.token), boot) != boot:
+                raise Violation(f"token {m.key}: {node} asks with {m.token} again after a restart")
         if not isinstance(m, Accept):
             return
         view = self.view(epoch)
