@@ -718,5 +718,5 @@ class Transport:
         kind = type(body).__name__
         self.counters[f"{way}.{kind}"] += 1
         if isinstance(body, Envelope):
-            for item in body.items:
-                self.counters[f"{way}.item.{type(item).__name__}"] += 1
+            for kind_of, count in Counter(map(type, body.items)).items():
+                self.counters[f"{way}.item.{kind_of.__name__}"] += count
