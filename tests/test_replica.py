@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 
+import pytest
+
 from tests.sim.mutants import IgnoresCutOff, RoundsStartOverForChanges
 from vstack.mesh.changes import AddMember, Authorise, RemoveMember, forced
 from vstack.mesh.config import CONFIG_KEY, Config, Grant, Member, NodeId, View, key_subject, pack_config
@@ -406,6 +408,16 @@ def test_a_change_that_only_a_lost_node_knew_to_be_decided_is_found_by_those_who
     mesh.cut = {NODES[2]}
     mesh.until(lambda: all(mesh.replicas[n].view.epoch >= 2 for n in NODES[:2]))
     assert mesh.replicas[NODES[0]].view.at(2) == wish
+
+
+@pytest.mark.parametrize("nonsense", [b"", b"nonsense", pack_config(config(7, NODES[:1], 1))])
+def test_nonsense_in_the_register_of_the_next_epoch_ends_nobody(nonsense: bytes) -> None:
+    mesh = Mesh(config(1, NODES[:3], 1))
+    m = Accept("config/2", Ballot(0, 1, NODES[2], 1), Value(2, nonsense))
+    mesh.replicas[NODES[0]].receive(NODES[2], NODES[2], m, 0.0)
+    for _ in range(80):
+        mesh.step(0.1)
+    assert mesh.change(NODES[1], AddMember(Member(NODES[5], "x:1")), b"i" * 16) == MeshChanged(2)
 
 
 def test_another_change_waits_while_one_is_being_decided() -> None:

@@ -433,7 +433,9 @@ class World:
             node = self._current.get(name)
             if node is None or not node.alive or node.replica.view.epoch != newest:
                 return False
-            if not node.replica.view.is_settled():
+            replica = node.replica
+            deciding = replica._decree is not None or replica._finish_at is not None
+            if deciding or not replica.view.is_settled():
                 return False
         return True
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from random import Random
 
+import msgspec
+
 from vstack.errors import DamagedData
 from vstack.mesh.config import CONFIG_KEY, Config, NodeId, pack_config, unpack_config
 from vstack.mesh.messages import (
@@ -40,6 +42,16 @@ class Rounds:
     def above(self, floor: int) -> int:
         self._last = max(self._last, floor) + 1
         return self._last
+
+
+def config_in(value: Value, epoch: int) -> Config | None:
+    """The configuration of `epoch` that an acceptor of its register holds; None if it holds nothing, or
+    nonsense that a stranger got accepted there."""
+    try:
+        config = unpack_config(value.data or b"")
+    except msgspec.DecodeError:
+        return None
+    return config if config.epoch == epoch else None
 
 
 class Decree:
@@ -98,6 +110,8 @@ class Decree:
             if m.ballot == self._ballot and m.seen > self._ballot:
                 self.next_try = min(self.next_try, now + PATIENCE * self._rng.random())
         elif isinstance(m, Promise) and m.ballot == self._ballot and self._proposal is None:
+            if m.accepted > ZERO and config_in(m.value, self.wish.epoch) is None:
+                return
             self._promises[sender] = m
             if len(self._promises) >= self._majority:
                 best = max(self._promises.values(), key=lambda p: p.accepted)

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 from vstack.errors import DamagedData
 from vstack.mesh.changes import ChangeRefused, MeshChange, MoveBase, leaving, successor, unsettled
-from vstack.mesh.config import CONFIG_KEY, GENESIS, Config, NodeId, View, unpack_config
+from vstack.mesh.config import CONFIG_KEY, GENESIS, Config, NodeId, View
 from vstack.mesh.messages import (
     Accept,
     Accepted,
@@ -40,7 +40,7 @@ from vstack.mesh.messages import (
     Told,
 )
 from vstack.mesh.paxos.acceptor import Acceptor
-from vstack.mesh.paxos.decree import Decree, Rounds
+from vstack.mesh.paxos.decree import Decree, Rounds, config_in
 from vstack.mesh.paxos.proposer import Proposer, Timing
 
 MAX_HELD = 4096
@@ -52,7 +52,7 @@ FETCH_EVERY = 0.25
 FETCH_TRIES = 8
 """Questions to one node that it may leave unanswered, until it is heard of again."""
 FINISH_AFTER = 2.0
-"""Seconds, and up to twice as many, after which a node brings to its end what it has voted for."""
+"""Seconds after which the first member brings to its end what it has voted for; then the next one does."""
 BEGUN_PATIENCE = 5.0
 """Seconds that a decree has that nobody asked for: of base, or of what somebody else began."""
 SETTLE_WINDOW = 256
@@ -424,14 +424,19 @@ class Replica:
         else can be proposed before it is known: so what was begun is brought to an end."""
         if self._vote_cast:
             self._vote_cast = False
-            pause = FINISH_AFTER * self._rng.uniform(1.0, 2.0)
-            self._finish_at = None if self._accepted_next() is None else now + pause
+            self._finish_at = None if self._accepted_next() is None else now + self._turn()
         if self._finish_at is None or now < self._finish_at:
             return
-        self._finish_at = now + BEGUN_PATIENCE + FINISH_AFTER * self._rng.uniform(1.0, 2.0)
+        self._finish_at = now + BEGUN_PATIENCE + self._turn()
         wish = self._accepted_next()
         if wish is not None and self._decree is None:
             self._decide(wish, now)
+
+    def _turn(self) -> float:
+        """Seconds until it is this node's turn to finish: one member after the other, not all at once."""
+        members = sorted(self.view.config.nodes)
+        rank = members.index(self.me) if self.me in members else len(members)
+        return FINISH_AFTER * (1.0 + min(rank, 8) * self._rng.uniform(0.75, 1.0))
 
     def _accepted_next(self) -> Config | None:
         """The configuration after this one that this node has accepted."""
@@ -441,7 +446,7 @@ class Replica:
             value = self.acceptor.record(f"{CONFIG_KEY}{self.view.epoch + 1}").value
         except DamagedData:
             return None
-        return None if value.data is None else unpack_config(value.data)
+        return config_in(value, self.view.epoch + 1)
 
     def _decide(self, wish: Config, now: float) -> None:
         """A decree that nobody waits for."""
