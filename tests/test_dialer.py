@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from vstack.local import free_port
-from vstack.mesh.dialer import MAX_HELLOS, Dialer, NoAnswer, Refused
+from vstack.mesh.dialer import DRAIN, MAX_HELLOS, Dialer, NoAnswer, Refused
 from vstack.mesh.messages import (
     PROTOCOL_VERSION,
     Body,
@@ -30,7 +30,7 @@ from vstack.mesh.messages import (
     decode,
     encode,
 )
-from vstack.mesh.transport import NO_REPLY, Lane
+from vstack.mesh.transport import HIGH_WATER, NO_REPLY, Lane
 
 PATIENCE = 5.0
 MESH = "ab" * 16
@@ -149,6 +149,39 @@ def test_payloads_travel_both_ways_beside_the_header() -> None:
             assert heard.header.body == body
             await far.say(heard, Pong(0, ()), payload[::-1])
             assert bytes((await request).payload) == payload[::-1]
+
+    asyncio.run(run())
+
+
+@over_sockets
+async def test_more_answers_than_one_look_takes_all_arrive(far: Far, dialer: Dialer) -> None:
+    requests = [asked(dialer, Ping(i, ())) for i in range(3 * DRAIN)]
+    heard = [await far.hear_request() for _ in requests]
+    for h in heard:
+        assert isinstance(h.header.body, Ping)
+        await far.say(h, Pong(h.header.body.sequence, ()))
+    answers = await asyncio.gather(*requests)
+    assert [a.header.body for a in answers] == [Pong(i, ()) for i in range(3 * DRAIN)]
+
+
+def test_requests_that_the_socket_has_no_room_for_wait_in_order_unless_given_up() -> None:
+    async def run() -> None:
+        key = WirePieceKey("a" * 64, (1, 2), 0, 0, (0, "0" * 32, 0, 0))
+        many, payload = 5 * HIGH_WATER[Lane.DATA], bytes(256 << 10)
+        async with pair(Lane.DATA) as (far, dialer):
+            bodies = [PutPiece(key, 3, 5, i, bytes(32)) for i in range(many)]
+            requests = [
+                asyncio.create_task(dialer.request(body, payload, timeout=6 * PATIENCE)) for body in bodies
+            ]
+            await asyncio.sleep(0)  # all have been asked, and nobody reads
+            assert len(dialer._unsent) > 2
+            requests[-2].cancel()
+            await asyncio.wait([requests[-2]])
+            for i in (*range(many - 2), many - 1):
+                heard = await far.hear_request()
+                assert heard.header.body == bodies[i]
+                await far.say(heard, Pong(i, ()))
+                assert (await requests[i]).header.body == Pong(i, ())
 
     asyncio.run(run())
 

@@ -16,10 +16,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-import zmq.asyncio
+import zmq
 
 from vstack.errors import DamagedData, MeshUnavailable, OutcomeUnknown, UsageError, VstackError
 from vstack.mesh.changes import Authorise, MeshChange, Revoke
@@ -91,7 +91,7 @@ class MeshClient:
     """Made by `connect`. Belongs to one event loop."""
 
     def __init__(
-        self, context: zmq.asyncio.Context, address_map: Mapping[str, str], key: ClientKey | None = None
+        self, context: zmq.Context[Any], address_map: Mapping[str, str], key: ClientKey | None = None
     ) -> None:
         self._context = context
         self._key = key
@@ -510,7 +510,7 @@ async def connect(
     node to answer. Raises UsageError, MeshUnavailable, KeyRefused.
     """
     key = keys if isinstance(keys, ClientKey) or keys is None else load_client(Path(keys))
-    context = zmq.asyncio.Context()
+    context: zmq.Context[Any] = zmq.Context()
     client = MeshClient(context, address_map or {}, key)
     try:
         await client.contact(split_peers(peers), patience)
