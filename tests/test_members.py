@@ -15,7 +15,7 @@ from vstack.client.members import Moving, moving
 from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.local import LocalMesh, LocalNode, NodeFailed, free_port
 from vstack.mesh.changes import DrainMember, RemoveMember
-from vstack.mesh.config import group
+from vstack.mesh.config import group, leader
 from vstack.mesh.dialer import Refused
 from vstack.mesh.messages import ChangeMesh, MeshChanged, Ok
 from vstack.mesh.registers import UploadId, chunk_key, video_key
@@ -364,6 +364,27 @@ def test_a_node_waits_for_the_mesh_that_does_not_let_it_in_yet(
         with pytest.raises(NodeFailed, match="cannot listen"):
             node.wait_ready()
         node.stop()
+
+
+def test_creates_of_a_dead_leaders_chunks_go_on_through_the_others_without_an_election(
+    tmp_path: Path,
+) -> None:
+    async def inside(mesh: MeshClient) -> None:
+        upload = UploadId(1, (1 << 20) + 1)
+        keys = [chunk_key(v, upload, 128 * i) for v in VIDEOS for i in range(5)]
+        victim = local.nodes[0]
+        its = [k for k in keys if leader(mesh.config, k) == victim.node]
+        others = [k for k in keys if leader(mesh.config, k) != victim.node]
+        assert its
+        victim.kill()
+        async with asyncio.timeout(20):
+            for key in (*its[:10], *others[:10]):
+                assert isinstance(await mesh.change(Change(key, 0, b"x")), Ok)
+        status = await mesh.status(local.nodes[1].node)
+        assert status.epoch == 1, "nothing had to be decided about who leads"
+
+    with running_mesh(tmp_path, 5) as local:
+        with_client(local, inside)
 
 
 def test_removals_wait_for_each_other(tmp_path: Path) -> None:
