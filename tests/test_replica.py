@@ -28,6 +28,7 @@ from vstack.mesh.messages import (
     ReadReply,
     Record,
     Told,
+    Unknown,
     Value,
 )
 from vstack.mesh.paxos.replica import FETCH_TRIES, HELD_FOR, Replica, Settle
@@ -214,7 +215,8 @@ def test_what_was_settled_is_told_only_after_every_key_was_moved() -> None:
         mesh.write(NODES[0], f"video/{i:064x}", b"%d" % i)
     replica = mesh.replicas[NODES[0]]
     replica.adopt([config(2, NODES[:3], 1)], mesh.now)
-    mesh.step(5.0, gossip=False)
+    for _ in range(25):
+        mesh.step(1.0, gossip=False)
     assert replica.settled < 2, "its two new companions have not voted"
     for node in NODES[1:3]:
         mesh.start(node, [config(1, NODES[:1], 1), config(2, NODES[:3], 1)])
@@ -418,6 +420,35 @@ def test_nonsense_in_the_register_of_the_next_epoch_ends_nobody(nonsense: bytes)
     for _ in range(80):
         mesh.step(0.1)
     assert mesh.change(NODES[1], AddMember(Member(NODES[5], "x:1")), b"i" * 16) == MeshChanged(2)
+
+
+def test_a_change_that_was_asked_for_again_when_base_has_passed_it_is_still_known() -> None:
+    chain = [config(1, NODES[:1], 1), config(2, NODES[:2], 1, b"i" * 16), config(3, NODES[:2], 2)]
+    chain.append(config(4, NODES[:2], 3))
+    mesh = Mesh(chain[0])
+    mesh.replicas[NODES[0]].adopt(chain[1:], 0.0)
+    for replica in (mesh.replicas[NODES[0]], mesh.start(NODES[0])):
+        replica.propose(AddMember(Member(NODES[1], "x:1")), b"i" * 16, 1, 0.0, 9.0, "tag")
+        assert replica.changes == [("tag", MeshChanged(2))]
+
+
+def test_an_operation_on_a_key_of_an_epoch_that_does_not_exist_ends_as_unknown() -> None:
+    mesh = Mesh(config(1, NODES[:3], 1))
+    op = Op(b"o" * 16, f"chunk/{'5e' * 32}/9.{9 << 20}/00000000", 9, 0, b"x")
+    mesh.replicas[NODES[0]].proposer.submit(op, 0.0, 100.0, "op")
+    mesh.until(lambda: "op" in mesh.done, seconds=10.0)
+    assert isinstance(mesh.done["op"], Unknown)
+
+
+def test_an_operation_on_a_key_of_an_epoch_that_others_know_waits_for_it() -> None:
+    mesh = Mesh(config(1, NODES[:3], 1))
+    for node in NODES[1:3]:
+        mesh.replicas[node].adopt([config(2, NODES[:3], 1)], 0.0)
+    op = Op(b"o" * 16, f"chunk/{'5e' * 32}/2.{2 << 20}/00000000", 2, 0, b"x")
+    mesh.replicas[NODES[0]].proposer.submit(op, 0.0, 100.0, "op")
+    mesh.until(lambda: "op" in mesh.done, seconds=10.0)
+    assert isinstance(mesh.done["op"], Ok)
+    assert mesh.replicas[NODES[0]].view.epoch == 2
 
 
 def test_another_change_waits_while_one_is_being_decided() -> None:

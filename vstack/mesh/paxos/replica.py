@@ -152,6 +152,8 @@ class Replica:
         self._fetch_at = 0.0
         self._rounds = Rounds()
         self._decree: Decree | None = None
+        self._made = {c.change: c.epoch for c in chain if c.change}
+        """Which epoch each change made, over the whole chain: whoever asks again is told so for ever."""
         self._asked: list[tuple[bytes, float, Hashable]] = []
         """Whose change the decree is about: id, deadline, tag."""
         self._vote_cast = True
@@ -340,6 +342,8 @@ class Replica:
         self.counters["dropped_subjects"] += len(drop)
         for config in configs:
             self.view.adopt(config)
+            if config.change:
+                self._made[config.change] = config.epoch
         self._base_at = self._finish_at = None
         self._pass = 0
         self._vote_cast = self._news = True
@@ -370,9 +374,8 @@ class Replica:
         self, change: MeshChange, change_id: bytes, replaces: int, now: float, deadline: float, tag: Hashable
     ) -> None:
         """Decides a change of the configuration; what became of it appears in `changes` under `tag`."""
-        done = next((c for c in self.view.chain() if change_id and c.change == change_id), None)
-        if done is not None:
-            self.changes.append((tag, MeshChanged(done.epoch)))
+        if change_id in self._made:
+            self.changes.append((tag, MeshChanged(self._made[change_id])))
             return
         if replaces != self.view.epoch:
             text = f"the change was made for epoch {replaces}, and the mesh is in epoch {self.view.epoch}"
@@ -394,17 +397,13 @@ class Replica:
     def _conclude(self, now: float) -> None:
         decree = self._decree
         if decree is not None and decree.decided is not None:
-            if decree.decided.epoch == self.view.epoch + 1:
-                self.adopt([decree.decided], now)
-            else:
-                self._answer_changes()
+            self.adopt([decree.decided], now)
 
     def _answer_changes(self) -> None:
         """After a new epoch: what was asked for has happened, or something else has."""
-        ids = {c.change: c.epoch for c in self.view.chain()}
         for change_id, _, tag in self._asked:
-            if change_id in ids:
-                self.changes.append((tag, MeshChanged(ids[change_id])))
+            if change_id in self._made:
+                self.changes.append((tag, MeshChanged(self._made[change_id])))
             else:
                 text = f"another change was decided first: the mesh is in epoch {self.view.epoch}"
                 self.changes.append((tag, Failure("epoch", text)))
