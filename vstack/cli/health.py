@@ -43,7 +43,17 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
         reasons.append("a mesh of one keeps one copy of everything: add machines to survive a loss")
     elif members == 2:
         reasons.append("a mesh of two survives a loss of data, but cannot write while one node is down")
-    quorum = members - len(up) <= (mesh.config.g - 1) // 2
+    moving = max(up, key=lambda a: a.epoch, default=None)
+    if moving is not None:
+        reasons += [
+            f"node {node[:8]} has left, and must stay up until its votes have moved"
+            for node in moving.leaving
+        ]
+        if moving.moving:
+            reasons.append("votes are moving after a change of members: `vstack mesh plan` shows how far")
+    answering = {a.node for a in up}
+    silent_voters = sum(node not in answering for node in mesh.config.voters)
+    quorum = silent_voters <= (mesh.config.g - 1) // 2
     if not quorum:
         reasons.append("too many nodes are down: some videos can be neither read nor written")
     health = "unavailable" if not quorum else "degraded" if members != len(up) else "healthy"
@@ -55,8 +65,11 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
             {
                 "mesh": mesh.mesh,
                 "epoch": mesh.config.epoch,
+                "base": mesh.config.base,
                 "health": health,
                 "reasons": reasons,
+                "votes_moving": bool(moving and moving.moving),
+                "messages_per_attempt": _per_attempt(totals),
                 "nodes_up": len(up),
                 "nodes": members,
                 "counters": dict(totals),
@@ -81,18 +94,26 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
         show.out.print(
             f"  {pieces:.0f} pieces, {show.size(bytes_)}; at least {show.size(free)} free on each node"
         )
-        chosen = totals["paxos.chosen"]
-        sent = totals["sent.Envelope"]
-        show.out.print(
-            f"  {chosen} decisions ({totals['paxos.fast']} by their leader in one round trip), "
-            f"{sent} envelopes between nodes, {totals['malformed']} malformed messages dropped"
-        )
+        if (per_attempt := _per_attempt(totals)) is not None:
+            show.out.print(
+                f"  {totals['paxos.chosen']} decisions ({totals['paxos.fast']} by their leader in one round "
+                f"trip), {per_attempt:.1f} messages between nodes for each try to decide or read"
+            )
+        if totals["malformed"]:
+            show.out.print(f"  {totals['malformed']} malformed messages dropped")
         if totals["keys.refused"] or totals["keys.forbidden"]:
             show.out.print(
                 f"  refused for their keys: {totals['keys.refused']} connections, "
                 f"{totals['keys.forbidden']} messages"
             )
     return 3 if not quorum else DEGRADED if health == "degraded" else 0
+
+
+def _per_attempt(totals: Counter[str]) -> float | None:
+    """Paxos messages on the wire between nodes, by fast create, full way or quorum read that was begun."""
+    attempts = totals["paxos.fast"] + totals["paxos.full"] + totals["paxos.reads"]
+    items = sum(v for k, v in totals.items() if k.startswith("sent.item."))
+    return round(items / attempts, 2) if attempts else None
 
 
 async def nodes(mesh: MeshClient, options: argparse.Namespace) -> int:
@@ -106,7 +127,7 @@ async def nodes(mesh: MeshClient, options: argparse.Namespace) -> int:
         )  # fmt: skip
         entry: dict[str, object] = {
             "node": m.node, "address": m.address, "zone": m.zone, "weight": m.weight, "answers": up,
-            "seen_by_others_as": sorted(seen),
+            "draining": m.draining, "seen_by_others_as": sorted(seen),
         }  # fmt: skip
         if isinstance(a, Status):
             entry |= {
@@ -117,7 +138,8 @@ async def nodes(mesh: MeshClient, options: argparse.Namespace) -> int:
             }  # fmt: skip
             rtts = [p.rtt_ms for p in a.peers if p.rtt_ms is not None]
             cells = (
-                "up", f"{sum(rtts) / len(rtts):.1f} ms" if rtts else "-", f"{a.store['pieces']:.0f}",
+                "draining" if m.draining else "up", f"{sum(rtts) / len(rtts):.1f} ms" if rtts else "-",
+                f"{a.store['pieces']:.0f}",
                 show.size(a.store["payload_bytes"]), show.size(a.disk_free), show.clock(a.uptime_s),
             )  # fmt: skip
         else:
