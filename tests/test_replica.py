@@ -451,6 +451,20 @@ def test_an_operation_on_a_key_of_an_epoch_that_others_know_waits_for_it() -> No
     assert mesh.replicas[NODES[0]].view.epoch == 2
 
 
+def test_a_node_that_is_behind_asks_for_the_chain_instead_of_denying_a_change() -> None:
+    mesh = Mesh(config(1, NODES[:3], 1))
+    mesh.replicas[NODES[1]].adopt([config(2, NODES[:3], 1), config(3, NODES[:3], 2, b"i" * 16)], 0.0)
+    mesh.replicas[NODES[2]].adopt([config(2, NODES[:3], 1)], 0.0)
+    behind = mesh.replicas[NODES[0]]
+    behind.propose(RemoveMember(NODES[1]), b"i" * 16, 2, 0.0, 9.0, "tag")
+    assert [said.code for _, said in behind.changes if isinstance(said, Failure)] == ["late"]
+    wake = behind.next_wake()
+    assert wake is not None
+    assert wake <= 0.0
+    behind.tick(0.0)
+    assert behind.fetch
+
+
 def test_another_change_waits_while_one_is_being_decided() -> None:
     replica = Mesh(config(1, NODES[:3], 1)).replicas[NODES[0]]
     replica.propose(RemoveMember(NODES[1]), b"a" * 16, 1, 0.0, 9.0, "a")

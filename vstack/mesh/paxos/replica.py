@@ -377,6 +377,12 @@ class Replica:
         if change_id in self._made:
             self.changes.append((tag, MeshChanged(self._made[change_id])))
             return
+        if replaces > self.view.epoch:  # whether it was made is for others to say
+            self.acceptor.epoch_wanted = max(self.acceptor.epoch_wanted, replaces)
+            self._news = True
+            text = f"this node has yet to hear of epoch {replaces}: try again"
+            self.changes.append((tag, Failure("late", text)))
+            return
         if replaces != self.view.epoch:
             text = f"the change was made for epoch {replaces}, and the mesh is in epoch {self.view.epoch}"
             self.changes.append((tag, Failure("epoch", text)))
