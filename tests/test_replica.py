@@ -465,6 +465,29 @@ def test_a_node_that_is_behind_asks_for_the_chain_instead_of_denying_a_change() 
     assert behind.fetch
 
 
+def test_members_far_from_each_other_who_all_want_something_come_to_an_end() -> None:
+    """Each attempt takes longer than the first patience of its rivals."""
+    nodes = NODES[:7]
+    mesh = Mesh(config(1, nodes, 1))
+    away: list[tuple[float, NodeId, NodeId, AnyItem]] = []
+    now = 0.0
+    while all(r.view.epoch == 1 for r in mesh.replicas.values()):
+        assert now < 300.0
+        now += 0.05
+        for i, (node, replica) in enumerate(mesh.replicas.items()):
+            if replica._decree is None:
+                change = Authorise(Grant(bytes([i]) * 32, "admin"))
+                replica.propose(change, Random(f"{i} {now}").randbytes(16), 1, now, now + 5.0, None)
+            replica.tick(now)
+            sent = [*replica.outbox, *((str(to), reply) for to, reply in replica.replies)]
+            replica.replies = []
+            away += [(now + 0.2, node, to, m) for to, m in sent]
+        due = [m for m in away if m[0] <= now]
+        away = [m for m in away if m[0] > now]
+        for _, sender, to, m in due:
+            mesh.replicas[to].receive(sender, sender, m, now)
+
+
 def test_another_change_waits_while_one_is_being_decided() -> None:
     replica = Mesh(config(1, NODES[:3], 1)).replicas[NODES[0]]
     replica.propose(RemoveMember(NODES[1]), b"a" * 16, 1, 0.0, 9.0, "a")

@@ -31,13 +31,23 @@ from vstack.mesh.paxos.acceptor import Acceptor
 
 PATIENCE = 0.5
 """Seconds that an attempt may take before the next one; jittered, and doubled with each in vain."""
+DOUBLINGS = 4
+"""How often, at most."""
 
 
 class Rounds:
-    """The rounds of one process, over all its decrees: none is used twice (I3)."""
+    """The rounds of one process, over all its decrees: none is used twice (I3).
+
+    Also its patience, over all decrees about one epoch: many who want something at once, and are far from
+    each other, would otherwise keep outbidding each other for ever.
+    """
 
     def __init__(self) -> None:
         self._last = 0
+        self.in_vain = 0
+        """Attempts since the last epoch. Who adopts one sets it back."""
+        self.not_before = 0.0
+        """When the next attempt may begin."""
 
     def above(self, floor: int) -> int:
         self._last = max(self._last, floor) + 1
@@ -70,7 +80,7 @@ class Decree:
         self.wish = wish
         self.decided: Config | None = None
         self.outbox: list[tuple[NodeId, Request]] = []
-        self.next_try = 0.0
+        self.next_try = rounds.not_before
         """When `tick` begins the next attempt."""
         self._key = f"{CONFIG_KEY}{wish.epoch}"
         self._acceptors = current.nodes
@@ -82,7 +92,6 @@ class Decree:
         self._rng = rng
         self._floor = 0
         self._ballot = ZERO
-        self._tries = 0
         self._promises: dict[NodeId, Promise] = {}
         self._accepted: set[NodeId] = set()
         self._proposal: Value | None = None
@@ -91,8 +100,8 @@ class Decree:
         """Begins an attempt if it is time."""
         if self.decided is not None or now < self.next_try:
             return
-        self._tries += 1
-        self.next_try = now + PATIENCE * 2 ** min(self._tries, 4) * self._rng.uniform(0.5, 1.0)
+        self._rounds.in_vain += 1
+        self._pause_until(now + self._ceiling() * self._rng.uniform(0.5, 1.0))
         try:
             own = self._acceptor.record(self._key).promised.round
         except DamagedData:
@@ -108,7 +117,7 @@ class Decree:
         if isinstance(m, Nack):
             self._floor = max(self._floor, m.seen.round)
             if m.ballot == self._ballot and m.seen > self._ballot:
-                self.next_try = min(self.next_try, now + PATIENCE * self._rng.random())
+                self._pause_until(min(self.next_try, now + self._ceiling() * self._rng.random()))
         elif isinstance(m, Promise) and m.ballot == self._ballot and self._proposal is None:
             if m.accepted > ZERO and config_in(m.value, self.wish.epoch) is None:
                 return
@@ -122,6 +131,12 @@ class Decree:
             self._accepted.add(sender)
             if len(self._accepted) >= self._majority:
                 self.decided = unpack_config(self._proposal.data or b"")
+
+    def _ceiling(self) -> float:
+        return PATIENCE * (1 << min(self._rounds.in_vain, DOUBLINGS))
+
+    def _pause_until(self, when: float) -> None:
+        self.next_try = self._rounds.not_before = when
 
     def _send(self, m: Request, now: float) -> None:
         self.outbox.extend((n, m) for n in self._acceptors if n != self._me)

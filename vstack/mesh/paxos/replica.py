@@ -53,7 +53,7 @@ FETCH_TRIES = 8
 """Questions to one node that it may leave unanswered, until it is heard of again."""
 FINISH_AFTER = 2.0
 """Seconds after which the first member brings to its end what it has voted for; then the next one does."""
-BEGUN_PATIENCE = 5.0
+BEGUN_PATIENCE = 10.0
 """Seconds that a decree has that nobody asked for: of base, or of what somebody else began."""
 SETTLE_WINDOW = 256
 """Keys that are being settled at once."""
@@ -345,6 +345,7 @@ class Replica:
             if config.change:
                 self._made[config.change] = config.epoch
         self._base_at = self._finish_at = None
+        self._rounds.in_vain, self._rounds.not_before = 0, 0.0
         self._pass = 0
         self._vote_cast = self._news = True
         self.proposer.on_epoch(now)
