@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 HELLO_EVERY = 0.3
 """Seconds between two hellos to an address where nobody has answered yet, or while there is no mesh."""
+LINKS_EVERY = 0.05
+"""Seconds between two looks at all connections, while nothing calls for one earlier."""
 RECONNECT_AFTER = 5.0
 """Seconds without any answer after which a connection is made anew, under another routing id."""
 
@@ -66,6 +68,7 @@ class Peers:
         self._votes = votes
         self._view = view
         self._said = (0, 0)
+        self._links_at = 0.0
         self._hello_at: dict[str, float] = {}
         self._unanswered: dict[str, float] = {}
         """Since when an address owes an answer."""
@@ -76,6 +79,7 @@ class Peers:
         self.mesh = self._votes.mesh
         self.founding = not self.mesh
         self.gossip.set_members(sorted(self._view.participants))
+        self._links_at = 0.0
 
     def addresses(self) -> set[str]:
         """Everybody that this node keeps a connection to."""
@@ -152,11 +156,18 @@ class Peers:
         if link.hello is not None and self.links.get(link.hello.node) is link:
             del self.links[link.hello.node]
         link.hello = None
+        self._links_at = 0.0
 
     # -- connections ------------------------------------------------------------------------------
 
     def keep_links(self, now: float) -> None:
-        """Connects to whom there is, says hello where nobody has answered, gives up deaf connections."""
+        """Connects to whom there is, says hello where nobody has answered, gives up deaf connections.
+
+        Called in each turn of the reactor; looks now and then.
+        """
+        if now < self._links_at:
+            return
+        self._links_at = now + LINKS_EVERY
         wanted = self.addresses()
         for link in self.transport.links:
             if link.address not in wanted:

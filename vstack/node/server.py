@@ -92,6 +92,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 0.25
 """Seconds that the reactor waits at most for something to happen."""
+STATEMENTS_EVERY = 0.05
+"""Seconds between two looks at what is known of other nodes, while none of them says anything."""
 INTRODUCTION = 1.0
 """Seconds that a node with a mesh waits for another member before it serves all the same."""
 MAX_LISTINGS = 4
@@ -160,6 +162,8 @@ class Node:
         self._views = Views(self.me, self.votes.boot, self.view, self._rng)
         self._said_waiting = ""
         self._update_at = 0.0
+        self._statements_at = 0.0
+        """When to look at what is known of other nodes."""
         self._counters: Counter[str] = Counter()
 
     def _check_own_key(self) -> None:
@@ -308,14 +312,9 @@ class Node:
             gossip.tick(now)
         if self._entrance is None:
             self.peers.say(self.view.epoch, self.replica.settled)
-            newest, node = gossip.newest
-            if newest > self.view.epoch:
-                self.replica.hear(node, newest, 0)
-            if not self.view.is_settled():
-                for other in sorted(self.view.participants - {self.me}):
-                    said = gossip.statement(other)
-                    self.replica.hear(other, said.epoch, said.settled)
-            self._keep_up_to_date(now)
+            if now >= self._statements_at:
+                self._statements_at = now + STATEMENTS_EVERY
+                self._take_statements(now)
         for node in self.replica.fetch:
             link = self.peers.links.get(node) or next(iter(self.peers.links.values()), None)
             if link is not None:
@@ -323,9 +322,21 @@ class Node:
         self.replica.fetch = []
         self.peers.flush_gossip(now)
 
+    def _take_statements(self, now: float) -> None:
+        """What the others say of themselves may call for the chain, or for base to move."""
+        newest, node = self.peers.gossip.newest
+        if newest > self.view.epoch:
+            self.replica.hear(node, newest, 0)
+        if not self.view.is_settled():
+            for other in sorted(self.view.participants - {self.me}):
+                said = self.peers.gossip.statement(other)
+                self.replica.hear(other, said.epoch, said.settled)
+        self._keep_up_to_date(now)
+
     def _on_epoch(self) -> None:
         """A configuration was adopted."""
         config = self.view.config
+        self._statements_at = 0.0
         self._entrance = None
         self.transport.epoch = config.epoch
         self._admit()
@@ -430,6 +441,7 @@ class Node:
 
     def _on_gossip(self, request: Incoming, m: Ping | Pong | PingRequest, now: float) -> None:
         hello = request.session.hello
+        self._statements_at = 0.0
         answer = self.peers.on_gossip(hello.node, m, now) if hello.role == "node" else None
         if answer is not None:
             self._reply(request, answer)
@@ -606,6 +618,7 @@ class Node:
         elif isinstance(body, Failure):
             self._on_failure(link, body)
         elif isinstance(body, Pong):
+            self._statements_at = 0.0
             if node:
                 self.peers.on_gossip(node, body, now)
         elif isinstance(body, Chain):

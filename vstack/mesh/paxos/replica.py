@@ -266,7 +266,8 @@ class Replica:
                 self._wanted_from[self._rng.choice(others)] = self.acceptor.epoch_wanted
             self.acceptor.epoch_wanted = 0
         self._ask_for_chain(now)
-        self._held = [h for h in self._held if h.until > now]
+        if self._held:
+            self._held = [h for h in self._held if h.until > now]
         if self._decree is not None:
             self._decree.tick(now)
             self._conclude(now)
@@ -302,6 +303,8 @@ class Replica:
             self._wanted_from[node] = max(epoch, self._wanted_from.get(node, 0))
 
     def _ask_for_chain(self, now: float) -> None:
+        if not self._wanted_from:
+            return
         self._wanted_from = {n: e for n, e in self._wanted_from.items() if e > self.view.epoch}
         if self._wanted_from and now >= self._fetch_at:
             self._fetch_at = now + FETCH_EVERY
