@@ -387,6 +387,30 @@ def test_creates_of_a_dead_leaders_chunks_go_on_through_the_others_without_an_el
         with_client(local, inside)
 
 
+def test_no_node_leaves_where_too_few_voting_ones_would_be_left(tmp_path: Path) -> None:
+    """Of three, one is dead: without another one, nothing could be decided any more."""
+    with running_mesh(tmp_path, 3) as mesh:
+        dead, leaver, other = mesh.nodes
+        dead.kill()
+        peers = peers_of(leaver, other)
+
+        for node in (leaver, other):
+            wait_for(partial(_is_down, dead.node, node.address))
+        vstack("mesh", "remove", leaver.node, peers=peers).failed_with(1, dead.node[:8], "replace")
+        assert vstack("mesh", "remove", dead.node, "--yes", peers=peers).code == 0
+
+
+def _is_down(node: str, asked: str) -> bool:
+    """As the node at the address `asked` sees it."""
+
+    async def inside() -> bool:
+        async with connect(asked) as mesh:
+            asked_node = next(m.node for m in mesh.members if m.address == asked)
+            return any(p.node == node and p.state == "down" for p in (await mesh.status(asked_node)).peers)
+
+    return asyncio.run(inside())
+
+
 def test_removals_wait_for_each_other(tmp_path: Path) -> None:
     async def inside(mesh: MeshClient) -> None:
         first, second = mesh.members[:2]

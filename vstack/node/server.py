@@ -29,11 +29,13 @@ from vstack.mesh.access import directory
 from vstack.mesh.changes import (
     AddMember,
     ChangeRefused,
+    DrainMember,
     MoveBase,
     RemoveMember,
     ReplaceMember,
     forced,
     leaving,
+    successor,
 )
 from vstack.mesh.config import CONFIG_KEY, Config, Member, NodeId, pack_config
 from vstack.mesh.forming import FORMING_KEY
@@ -562,7 +564,22 @@ class Node:
         if isinstance(change, RemoveMember) and len(self.view.config.members) == 1:
             self._reply(request, Failure("refused", "the last node of a mesh cannot be removed"))
             return
+        if isinstance(change, RemoveMember | DrainMember) and (why := self._would_stall(change)):
+            self._reply(request, Failure("refused", why))
+            return
         self.replica.propose(change, m.id, m.replaces, now, request.deadline, request)
+
+    def _would_stall(self, change: RemoveMember | DrainMember) -> str:
+        """Whether so many of the voters that would be left are down that nothing could be decided."""
+        try:
+            after = successor(self.view, change)
+        except ChangeRefused:
+            return ""  # what is wrong with it is said when it is proposed
+        down = [n for n in after.voters if self.peers.state(n) is State.DOWN]
+        if len(down) <= (after.g - 1) // 2:
+            return ""
+        names = ", ".join(n[:8] for n in down)
+        return f"too few voting nodes would be left: {names} is down. Start, replace or remove it first"
 
     def _on_force(self, request: Incoming, m: ForceConfig, now: float) -> None:
         """No majority is left: what the operator says is lost is waited for no more."""
