@@ -18,15 +18,26 @@ of its own. CURVE alone admits any key, so libzmq asks at each handshake, over Z
 whether this one may come in; the reactor answers from the `Directory` it was given last, between two
 messages, without a thread. A stalled reactor delays handshakes, as it delays everything else. libzmq
 cannot close one peer of a ROUTER, so each message is checked again by the key of its connection.
+
+A peer that sends what is of no use is hung up on. libzmq offers no way to do so, but says which file
+descriptor a connection has (its monitor when it begins, ZMQ_SRCFD with each message), and shutdown(2)
+ends it for both sides. It bounds the size of a part and not the number of parts, and a message whose
+last part never comes is never seen here: so TCP's own count of bytes is held against the messages that
+came out of them (`_look_for_unread`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import re
+import resource
 import socket
+import struct
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
@@ -35,7 +46,6 @@ from typing import Final
 import msgspec
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import recv_monitor_message
 
 from vstack.errors import UsageError
 from vstack.mesh.access import Directory, Identity, allowed, directory
@@ -67,7 +77,7 @@ class Lane(Enum):
 
 
 HIGH_WATER = {Lane.CONTROL: 512, Lane.DATA: 64}
-"""Messages that a connection may have waiting in a socket: what a peer that reads nothing can cost."""
+"""Messages that may wait in a socket to be sent on a connection: what a peer that reads nothing can cost."""
 MAX_PART = {Lane.CONTROL: MAX_CONTROL, Lane.DATA: MAX_DATA}
 MAX_IN_FLIGHT = {Lane.CONTROL: 4096, Lane.DATA: 64}
 """Requests of one connection that have no reply yet."""
@@ -79,9 +89,42 @@ MAX_BUDGET = 60.0
 """Seconds that any request may take, whatever it says."""
 MAX_SESSIONS = 4096
 SESSION_IDLE = 120.0
-"""Seconds of silence after which a connection has to say hello again."""
+"""Seconds of silence after which a connection has to say hello again, when others need its room."""
+FULL_FOR = 0.5
+"""Seconds during which nobody looks again whether there is room for another session."""
 DRAIN = 256
 """Messages taken from one socket before the others get their turn."""
+DRAIN_USELESS = 64
+"""Of these, messages that turn out to be of no use: what nonsense can cost the others in one turn."""
+PARTS = 4
+"""Of a message, as a ROUTER gives it: routing id, correlation id, header, payload."""
+PATIENCE_WITH = 4096
+"""What a connection may send that is of no use, in points; then it is hung up on."""
+MALFORMED = 32
+"""Points of a message that cannot be read: 128 of them are enough."""
+NO_HELLO = 1
+"""Points of a message without a hello. A client whose node was restarted sends all that it has queued."""
+FORGIVEN_AFTER = 60.0
+"""Seconds after which the points of a connection count no more."""
+LEFT_OVER = 1.0
+"""Seconds during which messages of a connection that was hung up on still come out of the socket."""
+LOOK_EVERY = 0.1
+"""Seconds between two looks at how much has come on each connection without a message to show for it."""
+USELESS = 250
+"""Messages of no use between two looks after which nobody new is let in until all are taken: whoever is
+hung up on comes back otherwise, and sends faster than we read."""
+SHUT_FOR = 0.25
+"""Seconds that this lasts at least."""
+UNREAD = {Lane.CONTROL: 16 << 20, Lane.DATA: 160 << 20}
+"""Bytes that may have come on a connection and wait in the socket to be taken."""
+UNREAD_ALL = 512 << 20
+"""The same, on all connections together."""
+UNFINISHED = {Lane.CONTROL: MAX_CONTROL + (64 << 10), Lane.DATA: MAX_DATA + (64 << 10)}
+"""Bytes that a connection may send without finishing a message: more than the largest of its lane has."""
+FRAMING = 2
+"""Bytes that ZMTP adds to a part, at least."""
+HEARTBEATS = 512
+"""Bytes a second that are no part of a message: ZeroMQ's heartbeats, both ways, encrypted, and some."""
 REFUSED_AGAIN = 1.0
 """Seconds after which a peer that refused our key is asked again: it may have learnt it."""
 MAX_REFUSALS = 2
@@ -144,7 +187,10 @@ def endpoint(address: str, lane: Lane) -> str:
 def set_options(sock: zmq.Socket[bytes] | zmq.asyncio.Socket, lane: Lane) -> None:
     """What every socket of the mesh has in common, on nodes and clients."""
     sock.linger = 0
-    sock.sndhwm = sock.rcvhwm = HIGH_WATER[lane]
+    sock.sndhwm = HIGH_WATER[lane]
+    # libzmq 4.3.5 ends the process (an assertion in stream_engine_base.cpp) if a connection is reset
+    # while it does not read from it, for its high-water mark, and a heartbeat is due before it does again.
+    sock.rcvhwm = 0
     sock.maxmsgsize = MAX_PART[lane]
     sock.set(zmq.IPV6, 1)
     sock.set(zmq.HEARTBEAT_IVL, 500)
@@ -158,6 +204,118 @@ def speak_as(sock: zmq.Socket[bytes] | zmq.asyncio.Socket, pair: KeyPair, mesh: 
     sock.set(zmq.CURVE_PUBLICKEY, pair.public)
     sock.set(zmq.CURVE_SECRETKEY, pair.secret)
     sock.set(zmq.CURVE_SERVERKEY, mesh)
+
+
+_EVENT: Final = struct.Struct("=HI")
+"""Of a socket monitor: which event, and its value."""
+_SO_ATTACH_FILTER: Final = 26
+_SO_DETACH_FILTER: Final = 27
+"""Of Linux; Python has no names for them."""
+_DROP: Final = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)
+"""A packet filter of one instruction: return 0, keep nothing."""
+_BYTES_RECEIVED: Final = 128
+"""Where Linux's struct tcp_info counts the bytes that came, in a u64."""
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One TCP connection that somebody opened to us, from the monitor's word that it is there to its
+    word that it is not."""
+
+    lane: Lane
+    fd: int
+    """libzmq's own: it may have closed it, and it may be something else's, before we are told."""
+    peer: tuple[object, ...]
+    """Its far end; no two connections have the same one at a time, so that `fd` is checked by it."""
+    closed: bool = False
+    received: int = 0
+    """Bytes that had come by the last look."""
+    taken: int = 0
+    """Bytes of the messages since the last look."""
+    unread: float = 0.0
+    """Bytes that had come by the last look and of which no message was taken yet."""
+
+    def bytes_received(self) -> int | None:
+        """By TCP's own count, those that nobody has read yet included. None if it has ended."""
+        try:
+            with borrowed(self.fd) as s:
+                if s.getpeername() != self.peer:
+                    return None
+                info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED + 8)
+                return int.from_bytes(info[_BYTES_RECEIVED:], sys.byteorder)
+        except OSError:
+            return None
+
+    def hang_up(self) -> None:
+        """Ends it, if it is still there. To libzmq it looks as if the peer had gone."""
+        try:
+            with borrowed(self.fd) as s:
+                if s.getpeername() == self.peer:
+                    s.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended by itself
+
+
+def ignore_callers(listener: socket.socket) -> None:
+    """The kernel drops who calls: they try again, as if the packet had been lost, and connections that
+    exist are not touched. To unbind a ZeroMQ socket would end all of these."""
+    program = struct.pack("HP", 1, ctypes.addressof(_DROP))
+    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
+@contextmanager
+def borrowed(fd: int) -> Iterator[socket.socket]:
+    """A TCP socket that somebody else owns and closes. Raises OSError if it is closed."""
+    s = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, fileno=fd)
+    try:
+        yield s
+    finally:
+        s.detach()
+
+
+def events(monitor: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
+    """What a socket monitor has to say just now: (zmq.EVENT_..., its value)."""
+    while True:
+        try:
+            frames = monitor.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        event, value = _EVENT.unpack(frames[0])
+        yield event, value
+
+
+def receive(router: zmq.Socket[bytes], most: int) -> tuple[list[zmq.Frame], int]:
+    """The first `most` parts of the next message, and how many it has. The others are dropped one by one:
+    there may be a million of them. Raises zmq.Again."""
+    frames = [router.recv(zmq.NOBLOCK, copy=False)]
+    while frames[-1].more and len(frames) < most:
+        frames.append(router.recv(zmq.NOBLOCK, copy=False))
+    parts = len(frames)
+    more = frames[-1].more
+    while more:
+        router.recv(zmq.NOBLOCK)
+        parts += 1
+        more = bool(router.get(zmq.RCVMORE))
+    return frames, parts
+
+
+def source(frame: zmq.Frame) -> int | None:
+    """The file descriptor of the connection that a message came on; None if that does not speak ZMTP 3."""
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except zmq.ZMQError:
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class Offender:
+    """Somebody who has sent what is of no use, by the routing id: of a connection that has ended, messages
+    come out of the socket for a while, when its descriptor may be another's."""
+
+    connection: Connection | None
+    since: float
+    points: int = 0
+    hung_up: float | None = None
 
 
 class Wakeup:
@@ -198,6 +356,8 @@ class Session:
     heard: float
     key: bytes = b""
     """The public key that its connection proved to hold; empty in a mesh without keys."""
+    connection: Connection | None = None
+    """On which it was heard last."""
     in_flight: int = 0
     queued: int = 0
 
@@ -261,11 +421,27 @@ class Transport:
         self._my_hello = my_hello
         self._poller = zmq.Poller()
         self._routers: dict[Lane, zmq.Socket[bytes]] = {}
-        self._monitors: set[zmq.Socket[bytes]] = set()
+        self._listeners: dict[Lane, int] = {}
+        """File descriptors of the sockets that listen. They stay open as long as the ROUTERs."""
+        self._monitors: dict[zmq.Socket[bytes], Lane] = {}
         self._link_monitors: dict[zmq.Socket[bytes], Link] = {}
         self._sessions: dict[tuple[Lane, bytes], Session] = {}
         self._links: dict[str, Link] = {}
         self._by_socket: dict[zmq.Socket[bytes], Link] = {}
+        self._full_until = 0.0
+        """Until when there is no use in looking for room for another session."""
+        self._connections: dict[tuple[Lane, int], Connection] = {}
+        """By libzmq's file descriptor."""
+        self._most_connections = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        """Half of the files that this process may have open: the other half is the stores'."""
+        self._offenders: dict[tuple[Lane, bytes], Offender] = {}
+        self._emptied: set[Lane] = set()
+        """Lanes whose messages have all been taken at some time since the last look."""
+        self._looked = monotonic()
+        self._useless: Counter[Lane] = Counter()
+        """Messages of no use since the last look."""
+        self._shut: dict[Lane, float] = {}
+        """Lanes to which nobody new is let in just now, and since when."""
         self._complained: set[bytes] = set()
         self._logged: set[tuple[str, str]] = set()
         self._keys = keys
@@ -310,7 +486,9 @@ class Transport:
                 router.set(zmq.ZAP_DOMAIN, b"vstack")
                 router.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody to ask: nobody is admitted
             where = endpoint(address, lane)
-            monitor = router.get_monitor_socket(_HANDSHAKE_FAILED)
+            monitor = router.get_monitor_socket(
+                _HANDSHAKE_FAILED | zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+            )
             try:
                 router.bind(where)
             except zmq.ZMQError as e:
@@ -320,7 +498,7 @@ class Transport:
                     "A node needs its port and the next one; choose another with --listen"
                 ) from e
             self._routers[lane] = router
-            self._monitors.add(monitor)
+            self._monitors[monitor] = lane
             self._poller.register(router, zmq.POLLIN)
             self._poller.register(monitor, zmq.POLLIN)
 
@@ -536,41 +714,67 @@ class Transport:
         """Waits up to `timeout` seconds for anything, then takes what has arrived."""
         requests: list[Incoming] = []
         answers: list[Answer] = []
-        ready = self._poller.poll(max(0, int(timeout * 1000 + 0.999)))
+        if self._connections:
+            timeout = min(timeout, LOOK_EVERY)
+        ready = [sock for sock, _ in self._poller.poll(max(0, int(timeout * 1000 + 0.999)))]
         now = monotonic()
-        for sock, _ in ready:
+        for monitor, lane in self._monitors.items():
+            if monitor in ready:  # before the messages of the connections that it is about
+                self._on_monitor(monitor, lane)
+        emptied = {lane for lane, router in self._routers.items() if router not in ready}
+        for sock in ready:
             if not isinstance(sock, zmq.Socket):
                 self.wakeup.clear()
             elif sock is self._zap:
                 self._drain_zap(sock)
             elif sock in self._monitors:
-                self._on_monitor(sock)
+                pass
             elif sock in self._link_monitors:
                 self._on_link_monitor(sock, self._link_monitors[sock], now)
             elif sock in self._by_socket:
                 self._drain_link(self._by_socket[sock], answers, now)
             else:
                 lane = next(lane for lane, router in self._routers.items() if router is sock)
-                self._drain_router(lane, sock, requests, now)
+                if self._drain_router(lane, sock, requests, now):
+                    emptied.add(lane)
         if now - self._served_since > 1.0:
             self._rate = int(self._served_bytes / (now - self._served_since))
             self._served_bytes, self._served_since = 0, now
+        self._emptied |= emptied
+        for lane in [lane for lane, since in self._shut.items() if now - since > SHUT_FOR]:
+            if lane in emptied:
+                self._let_in(lane)
+        if now - self._looked > LOOK_EVERY:
+            self._look_for_unread(now)
         return requests, answers
 
-    def _drain_router(self, lane: Lane, router: zmq.Socket[bytes], out: list[Incoming], now: float) -> None:
+    def _drain_router(self, lane: Lane, router: zmq.Socket[bytes], out: list[Incoming], now: float) -> bool:
+        """Takes messages; True if these were all."""
+        useless = self._useless[lane] + DRAIN_USELESS
         for _ in range(DRAIN):
+            if self._useless[lane] >= useless:
+                return False
             try:
-                frames = router.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames, parts = receive(router, PARTS)
             except zmq.Again:
-                return
+                return True
             routing_id = frames[0].bytes
-            if not 3 <= len(frames) <= 4 or len(frames[1]) != 8:
-                self._malformed(routing_id, f"{len(frames) - 1} parts")
+            fd = source(frames[0])
+            connection = None if fd is None else self._connections.get((lane, fd))
+            if connection is not None:
+                connection.taken += FRAMING * parts + sum(map(len, frames))
+            if self._offenders and self._is_hung_up(lane, routing_id, now):
+                self.counters["dropped_unread"] += 1
+                continue
+            if not 3 <= parts <= PARTS or len(frames[1]) != 8 or fd is None:
+                self._malformed(routing_id, "not ZMTP 3" if fd is None else f"{parts - 1} parts")
+                self._blame(lane, routing_id, connection, MALFORMED, now)
                 continue
             try:
                 header = decode(frames[2].buffer)
             except msgspec.DecodeError as e:
                 self._malformed(routing_id, str(e))
+                self._blame(lane, routing_id, connection, MALFORMED, now)
                 continue
             correlation = frames[1].bytes
             body = header.body
@@ -581,14 +785,16 @@ class Transport:
                 self._send_to(lane, routing_id, correlation, refused)
                 continue
             if isinstance(body, Hello):
-                self._on_hello(lane, routing_id, correlation, key, body, now)
+                self._on_hello(lane, routing_id, correlation, key, body, connection, now)
                 continue
             session = self._sessions.get((lane, routing_id))
             if session is None or session.key != key:
                 self.counters["hello_required"] += 1
+                self._blame(lane, routing_id, connection, NO_HELLO, now)
                 self._send_to(lane, routing_id, correlation, HelloRequired())
                 continue
             session.heard = now
+            session.connection = connection
             payload = frames[3].buffer if len(frames) == 4 else memoryview(b"")
             request = Incoming(
                 session, correlation, body, payload, now + min(MAX_BUDGET, header.budget_ms / 1000)
@@ -602,6 +808,7 @@ class Transport:
                 self.reply(request, Failure("busy", "too much is waiting at this node already"))
                 continue
             out.append(request)
+        return False
 
     def _drain_link(self, link: Link, out: list[Answer], now: float) -> None:
         for _ in range(DRAIN):
@@ -629,7 +836,14 @@ class Transport:
             out.append(Answer(link, frames[0], header))
 
     def _on_hello(
-        self, lane: Lane, routing_id: bytes, correlation: bytes, key: bytes, hello: Hello, now: float
+        self,
+        lane: Lane,
+        routing_id: bytes,
+        correlation: bytes,
+        key: bytes,
+        hello: Hello,
+        connection: Connection | None,
+        now: float,
     ) -> None:
         who = self.identity(key)
         believed = self._directory.believed(who, hello) if who is not None else hello
@@ -644,25 +858,117 @@ class Transport:
             hello = believed
             answer = self._greet(hello)
         if isinstance(answer, Hello):
-            if len(self._sessions) >= MAX_SESSIONS:
-                self._expire_sessions(now)
-            if len(self._sessions) >= MAX_SESSIONS:
-                answer = Failure("busy", f"this node has {MAX_SESSIONS} connections already")
+            known = self._sessions.get((lane, routing_id))
+            if known is not None:
+                known.hello, known.heard, known.key, known.connection = hello, now, key, connection
+            elif self._make_room(hello, now):
+                self._sessions[lane, routing_id] = Session(routing_id, lane, hello, now, key, connection)
             else:
-                known = self._sessions.get((lane, routing_id))
-                if known is None:
-                    self._sessions[lane, routing_id] = Session(routing_id, lane, hello, now, key)
-                else:
-                    known.hello, known.heard, known.key = hello, now, key
+                self.counters["sessions_full"] += 1
+                answer = Failure("busy", f"this node has {MAX_SESSIONS} connections already")
         else:
             self._sessions.pop((lane, routing_id), None)
             self.counters["hello_refused"] += 1
         self._send_to(lane, routing_id, correlation, answer)
 
-    def _expire_sessions(self, now: float) -> None:
-        for key, session in list(self._sessions.items()):
-            if now - session.heard > SESSION_IDLE and session.in_flight == 0:
-                del self._sessions[key]
+    def _make_room(self, hello: Hello, now: float) -> bool:
+        """Whether there is room for one more session. Those whose connection has ended make room first,
+        then those that have been silent for long; for a node that we know, any client that asks nothing
+        just now."""
+        if len(self._sessions) < MAX_SESSIONS:
+            return True
+        is_known = hello.role == "node" and self.link_to(hello.node) is not None
+        if now < self._full_until and not is_known:
+            return False
+        idle = [(s.heard, k) for k, s in self._sessions.items() if s.in_flight == 0]
+        for heard, k in idle:
+            connection = self._sessions[k].connection
+            if now - heard > SESSION_IDLE or (connection is not None and connection.closed):
+                del self._sessions[k]
+        if len(self._sessions) < MAX_SESSIONS:
+            return True
+        self._full_until = now + FULL_FOR
+        clients = [(heard, k[0].value, k) for heard, k in idle if self._sessions[k].hello.role == "client"]
+        if is_known and clients:
+            del self._sessions[min(clients)[2]]
+        return len(self._sessions) < MAX_SESSIONS
+
+    # -- peers that misbehave ---------------------------------------------------------------------
+
+    def _blame(
+        self, lane: Lane, routing_id: bytes, connection: Connection | None, points: int, now: float
+    ) -> None:
+        """Whoever has sent too much that is of no use is hung up on. When it comes from everywhere, nobody
+        new is let in."""
+        offender = self._offenders.get((lane, routing_id))
+        if offender is None or now - offender.since > FORGIVEN_AFTER:
+            if len(self._offenders) >= MAX_SESSIONS:
+                self._offenders.clear()
+            offender = self._offenders[lane, routing_id] = Offender(connection, now)
+        offender.points += points
+        if offender.points >= PATIENCE_WITH:
+            offender.hung_up = now
+            self._hang_up(offender.connection, "it sent too much that is of no use")
+        if points == MALFORMED:
+            self._useless[lane] += 1
+            if self._useless[lane] >= USELESS and lane not in self._shut:
+                self._shut_out(lane, now)
+
+    def _shut_out(self, lane: Lane, now: float) -> None:
+        """Nobody new from now on."""
+        self._shut[lane] = now
+        self.counters["shut"] += 1
+        self._log_once("shut", lane.value, "flooded with messages of no use: nobody new is let in meanwhile")
+        with borrowed(self._listeners[lane]) as listener:
+            ignore_callers(listener)
+
+    def _let_in(self, lane: Lane) -> None:
+        del self._shut[lane]
+        with borrowed(self._listeners[lane]) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+    def _is_hung_up(self, lane: Lane, routing_id: bytes, now: float) -> bool:
+        """Whether a message is what was left over of a connection that was hung up on."""
+        offender = self._offenders.get((lane, routing_id))
+        if offender is None or offender.hung_up is None:
+            return False
+        if now - offender.hung_up > LEFT_OVER:
+            del self._offenders[lane, routing_id]  # it has come again
+            return False
+        return True
+
+    def _hang_up(self, connection: Connection | None, why: str) -> None:
+        if connection is not None and not connection.closed:
+            self.counters["hung_up"] += 1
+            connection.unread = 0.0
+            connection.hang_up()
+            host = str(connection.peer[0]).removeprefix("::ffff:")
+            self._log_once("hung up", f"{host} {why}", "hung up on a connection from %s: %s", host, why)
+
+    def _look_for_unread(self, now: float) -> None:
+        """Hangs up on connections on which more has come than should wait: because no message ever ends
+        (then nothing is left to take, and more has come than the largest message has), or because more
+        comes than we can take."""
+        passed = now - self._looked
+        for connection in self._connections.values():
+            received = connection.bytes_received()
+            if received is None:
+                continue  # the monitor will say so
+            grown = max(0.0, received - connection.received - HEARTBEATS * passed)
+            emptied = connection.lane in self._emptied
+            if emptied and connection.taken:
+                connection.unread = 0.0
+            else:
+                connection.unread = max(0.0, connection.unread + grown - connection.taken)
+            connection.received, connection.taken = received, 0
+            if connection.unread > (UNFINISHED if emptied else UNREAD)[connection.lane]:
+                self._hang_up(connection, "it sends without an end")
+        if sum(c.unread for c in self._connections.values()) > UNREAD_ALL:
+            most = max(self._connections.values(), key=lambda c: c.unread)
+            self._hang_up(most, "it sends most, and together they send more than this node can take")
+        self._emptied.clear()
+        self._useless.clear()
+        self._looked = now
 
     def _malformed(self, peer: bytes, why: str) -> None:
         """Counted, logged once per peer, dropped."""
@@ -671,29 +977,48 @@ class Transport:
             self._complained.add(peer)
             log.warning("malformed message from %s dropped: %s", peer.hex()[:24], why)
 
-    def _on_monitor(self, monitor: zmq.Socket[bytes]) -> None:
-        while monitor.poll(0):
-            event = recv_monitor_message(monitor)
+    def _on_monitor(self, monitor: zmq.Socket[bytes], lane: Lane) -> None:
+        for event, value in events(monitor):
+            if event == zmq.EVENT_LISTENING:
+                self._listeners[lane] = value
+                continue
+            if event == zmq.EVENT_ACCEPTED:
+                self._on_accepted(lane, value)
+                continue
+            if event == zmq.EVENT_DISCONNECTED:
+                if (ended := self._connections.pop((lane, value), None)) is not None:
+                    ended.closed = True
+                continue
             self.counters["handshakes_failed"] += 1
-            if self._keys is None or event["event"] != zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            if self._keys is None or event != zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 continue
             # Whose connection it was is not known: libzmq names our own end only.
-            if event["value"] == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
                 self._count_refused("plain")
                 self._log_once("handshake", "plain", "a connection without keys was refused")
-            elif event["value"] == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+            elif value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
                 self._count_refused("other_mesh")
                 self._log_once("handshake", "other", "a connection with the key of another mesh was refused")
 
+    def _on_accepted(self, lane: Lane, fd: int) -> None:
+        try:
+            with borrowed(fd) as s:
+                connection = Connection(lane, fd, s.getpeername())
+        except OSError:
+            return  # it has ended again
+        if len(self._connections) < self._most_connections:
+            self._connections[lane, fd] = connection
+        else:
+            self._hang_up(connection, "this node has as many connections as it can have")
+
     def _on_link_monitor(self, monitor: zmq.Socket[bytes], link: Link, now: float) -> None:
-        while monitor.poll(0):
-            event = recv_monitor_message(monitor)
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        for event, value in events(monitor):
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 link.silent_handshakes = 0
                 if not link.as_stranger:
                     self._refusals.pop(link.address, None)
                 continue
-            refusal = why_refused(event["event"], event["value"])
+            refusal = why_refused(event, value)
             if refusal is Refusal.SILENT:
                 link.silent_handshakes += 1
             else:
