@@ -154,9 +154,11 @@ class Proposer:
         self._round = 0
         self._tokens = count((boot << 40) + 1)
         """Never the token of an earlier process of this node: its replies may still be on their way."""
-        self._timer_order = count()
         self._keys: dict[str, KeyState] = {}
-        self._timers: list[tuple[float, int, str, Attempt | None]] = []
+        self._due: dict[float, list[tuple[str, Attempt | None]]] = {}
+        """What is to be looked at, by when: the operations of a batch have their times in common."""
+        self._timers: list[float] = []
+        """The times of `_due`, as a heap."""
         self._local: list[tuple[Reply, float]] = []
         self._rtt = 0.005
 
@@ -221,22 +223,24 @@ class Proposer:
 
     def tick(self, now: float) -> None:
         """Does everything that is due at `now`."""
-        while self._timers and self._timers[0][0] <= now:
-            _, _, key, attempt = heapq.heappop(self._timers)
-            state = self._keys.get(key)
-            if state is None:
-                continue
-            self._expire(state, now)
-            if attempt is not None and state.attempt is attempt:
-                self._on_silence(state, attempt, now)
-            elif state.attempt is None and state.queue and state.paused_until <= now:
-                self._start(key, state, now)
-            self._forget_if_idle(key, state)
+        while self._timers and self._timers[0] <= now:
+            for key, attempt in self._due.pop(heapq.heappop(self._timers)):
+                state = self._keys.get(key)
+                if state is not None:
+                    self._on_timer(key, state, attempt, now)
         self._drain()
+
+    def _on_timer(self, key: str, state: KeyState, attempt: Attempt | None, now: float) -> None:
+        self._expire(state, now)
+        if attempt is not None and state.attempt is attempt:
+            self._on_silence(state, attempt, now)
+        elif state.attempt is None and state.queue and state.paused_until <= now:
+            self._start(key, state, now)
+        self._forget_if_idle(key, state)
 
     def next_wake(self) -> float | None:
         """When `tick` has something to do next."""
-        return self._timers[0][0] if self._timers else None
+        return self._timers[0] if self._timers else None
 
     # -- attempts ---------------------------------------------------------------------------------
 
@@ -508,4 +512,8 @@ class Proposer:
             self._receive(self.me, reply, now)
 
     def _at(self, when: float, key: str, attempt: Attempt | None) -> None:
-        heapq.heappush(self._timers, (when, next(self._timer_order), key, attempt))
+        due = self._due.get(when)
+        if due is None:
+            due = self._due[when] = []
+            heapq.heappush(self._timers, when)
+        due.append((key, attempt))
