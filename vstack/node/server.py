@@ -17,25 +17,14 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 from random import Random
 from time import monotonic, time
-
-import msgspec
 
 from vstack import __version__
 from vstack.errors import UsageError, VstackError
 from vstack.mesh.access import directory
 from vstack.mesh.changes import (
-    AddMember,
-    ChangeRefused,
-    DrainMember,
-    MoveBase,
-    RemoveMember,
-    ReplaceMember,
-    forced,
     leaving,
-    successor,
 )
 from vstack.mesh.config import CONFIG_KEY, Config, Member, NodeId, pack_config
 from vstack.mesh.forming import FORMING_KEY
@@ -72,7 +61,6 @@ from vstack.mesh.messages import (
     Reply,
     Scan,
     ScanReply,
-    State,
     Status,
     Submit,
     Viewed,
@@ -80,11 +68,12 @@ from vstack.mesh.messages import (
 from vstack.mesh.paxos.replica import Replica
 from vstack.mesh.registers import PIECE_KEY_BYTES
 from vstack.mesh.transport import Answer, Incoming, Link, Session, Transport
+from vstack.node.admission import Admission
 from vstack.node.entrance import Entrance
 from vstack.node.journal import Journal
 from vstack.node.listing import Gather, Listings
 from vstack.node.peers import Peers
-from vstack.node.settings import NodeSettings, NotOurMesh, Removed
+from vstack.node.settings import NodeSettings, NotOurMesh
 from vstack.node.store import ChunkStore
 from vstack.node.views import Views
 from vstack.node.votes import VoteStore
@@ -151,7 +140,7 @@ class Node:
         self._entrance = None if chain else Entrance(member, self.votes.boot, seeds, self.acceptor, self._rng)
         if self._entrance is not None and settings.keys is not None:
             self._entrance.forming.grants = settings.keys.mesh.admins
-        self._myself = member
+        self._admission = Admission(settings, self.votes, self.replica, self.peers, member)
         self.transport = self.peers.transport = Transport(self.peers.greet, self.peers.hello, settings.keys)
         self.transport.epoch = self.view.epoch
         self._admit()
@@ -163,7 +152,6 @@ class Node:
         self._listings = Listings(self.me, self.view, self.proposer, self._scan)
         self._views = Views(self.me, self.votes.boot, self.view, self._rng)
         self._said_waiting = ""
-        self._update_at = 0.0
         self._statements_at = 0.0
         """When to look at what is known of other nodes."""
         self._counters: Counter[str] = Counter()
@@ -333,7 +321,7 @@ class Node:
             for other in sorted(self.view.participants - {self.me}):
                 said = self.peers.gossip.statement(other)
                 self.replica.hear(other, said.epoch, said.settled)
-        self._keep_up_to_date(now)
+        self._admission.keep_up_to_date(now)
 
     def _on_epoch(self) -> None:
         """A configuration was adopted."""
@@ -347,41 +335,6 @@ class Node:
             "mesh %s: epoch %d, base %d, %d members",
             self.mesh[:8], config.epoch, config.base, len(config.members),
         )  # fmt: skip
-
-    def _keep_up_to_date(self, now: float) -> None:
-        """The configuration says where this node is and what it can hold: if that has changed, so must it."""
-        listed = self.view.config.member(self.me)
-        if listed is None:
-            if self.replica.may_leave:
-                why = f"this node was removed from the mesh, by epoch {self.view.epoch}"
-                self.votes.retire(why)
-                raise Removed(f"{why}, and may be switched off. `--rejoin` makes it a new member")
-            return
-        mine = msgspec.structs.replace(self._myself, draining=listed.draining)
-        if listed != mine and now >= self._update_at:
-            self._update_at = now + 5.0
-            self._let_in(mine, now, None)
-
-    def _let_in(self, member: Member, now: float, tag: Incoming | None) -> None:
-        """Adds a node, in the place of a dead one if there is one at its address."""
-        config = self.view.config
-        if config.member(member.node) == member:
-            self._answer_change(tag, MeshChanged(config.epoch))
-            return
-        change: AddMember | ReplaceMember = AddMember(member)
-        for old in config.members:
-            if old.address == member.address and old.node != member.node:
-                change = ReplaceMember(old.node, member)
-                if self.peers.state(old.node) is not State.DOWN:
-                    text = f"waiting until node {old.node[:8]}, which was at {old.address}, counts as down"
-                    self._answer_change(tag, Failure("busy", text))
-                    return
-        change_id = blake2b(msgspec.msgpack.encode(member), digest_size=16).digest()
-        self.replica.propose(change, change_id, config.epoch, now, now + 5.0, tag)
-
-    def _answer_change(self, tag: object, answer: MeshChanged | Failure) -> None:
-        if isinstance(tag, Incoming):
-            self._reply(tag, answer)
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -415,11 +368,11 @@ class Node:
         elif isinstance(body, GetHoldings):
             self._reply(request, self._holdings(body.after))
         elif isinstance(body, Join):
-            self._on_join(request, body.member, now)
+            self._admission.on_join(request, body.member, now)
         elif isinstance(body, ChangeMesh):
-            self._on_change(request, body, now)
+            self._admission.on_change(request, body, now)
         elif isinstance(body, ForceConfig):
-            self._on_force(request, body, now)
+            self._admission.on_force(request, body, now)
         else:
             self.transport.counters["malformed"] += 1
             self._reply(request, Failure("refused", f"{type(body).__name__} is not a request"))
@@ -525,84 +478,10 @@ class Node:
                 self._listings.on_read(owner, which, outcome)
             elif isinstance(owner, Views):
                 owner.on_outcome(which, outcome, now)
-        for to, answer in self.replica.changes:
-            self._answer_change(to, answer)
-        self.replica.changes = []
+        self._replies += [(request, answer, b"") for request, answer in self._admission.take_answers()]
         if self.replica.counters["epochs"] != self._counters["epochs_seen"]:
             self._counters["epochs_seen"] = self.replica.counters["epochs"]
             self._on_epoch()
-
-    # -- changes of the mesh ----------------------------------------------------------------------
-
-    def _on_join(self, request: Incoming, member: Member, now: float) -> None:
-        hello = request.session.hello
-        if hello.role != "node" or hello.node != member.node or member.draining:
-            self._reply(request, Failure("refused", "a node asks for itself"))
-        elif (len(member.key) == 32) != (self.settings.keys is not None):
-            self._reply(request, Failure("refused", "a node comes with its key to a mesh that uses keys"))
-        elif any(member.node in c.nodes for c in self.votes.chain()) and not self.view.config.member(
-            member.node
-        ):
-            text = "this NodeId was a member before: start with an empty data directory, or --rejoin"
-            self._reply(request, Failure("removed", text))
-        else:
-            self._let_in(member, now, request)
-
-    def _on_change(self, request: Incoming, m: ChangeMesh, now: float) -> None:
-        change = m.change
-        if isinstance(change, MoveBase):
-            self._reply(request, Failure("refused", "base moves by itself"))
-            return
-        if (
-            isinstance(change, ReplaceMember)
-            and self.view.config.member(change.old)
-            and self.peers.state(change.old) is not State.DOWN
-        ):
-            text = f"node {change.old[:8]} still answers: remove it instead of replacing it"
-            self._reply(request, Failure("refused", text))
-            return
-        if isinstance(change, RemoveMember) and len(self.view.config.members) == 1:
-            self._reply(request, Failure("refused", "the last node of a mesh cannot be removed"))
-            return
-        if isinstance(change, RemoveMember | DrainMember) and (why := self._would_stall(change)):
-            self._reply(request, Failure("refused", why))
-            return
-        self.replica.propose(change, m.id, m.replaces, now, request.deadline, request)
-
-    def _would_stall(self, change: RemoveMember | DrainMember) -> str:
-        """Whether so many of the voters that would be left are down that nothing could be decided."""
-        try:
-            after = successor(self.view, change)
-        except ChangeRefused:
-            return ""  # what is wrong with it is said when it is proposed
-        down = [n for n in after.voters if self.peers.state(n) is State.DOWN]
-        if len(down) <= (after.g - 1) // 2:
-            return ""
-        names = ", ".join(n[:8] for n in down)
-        return f"too few voting nodes would be left: {names} is down. Start, replace or remove it first"
-
-    def _on_force(self, request: Incoming, m: ForceConfig, now: float) -> None:
-        """No majority is left: what the operator says is lost is waited for no more."""
-        config = m.config
-        if config == self.view.config:
-            self._reply(request, MeshChanged(config.epoch))
-            return
-        try:
-            if config != forced(self.view, config.lost, config.change):
-                raise ChangeRefused(
-                    f"that configuration does not follow epoch {self.view.epoch}, which this node is in"
-                )
-        except ChangeRefused as e:
-            self._reply(request, Failure("refused", str(e)))
-            return
-        alive = [n for n in config.lost if self.peers.state(n) is not State.DOWN]
-        if alive or config.member(self.me) is None:
-            who = ", ".join(n[:8] for n in alive) or "this node itself"
-            self._reply(request, Failure("refused", f"{who}: not lost, or not known to be down yet"))
-            return
-        log.warning("recovering: %s are given up by the operator", ", ".join(n[:8] for n in config.lost))
-        self.replica.adopt([config], now)
-        self._reply(request, MeshChanged(config.epoch))
 
     def _reply(self, request: Incoming, body: Body) -> None:
         self._replies.append((request, body, b""))
