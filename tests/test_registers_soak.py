@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -198,6 +199,8 @@ class Soak:
             self.counts["removals"] += 1
             self.counts["removal ms"] += int(1000 * (time.monotonic() - began))
             self.nodes.remove(node)
+            shutil.rmtree(node.data)  # it comes back as another one
+            self.spare.append(node)
         finally:
             self.troubled.discard(node.number)
 
