@@ -299,6 +299,11 @@ def receive(router: zmq.Socket[bytes], most: int) -> tuple[list[zmq.Frame], int]
     return frames, parts
 
 
+def is_somebody(hello: Hello) -> bool:
+    """Whether a node says who it is: whoever handles its messages relies on a NodeId of 32 hex digits."""
+    return hello.role != "node" or re.fullmatch("[0-9a-f]{32}", hello.node) is not None
+
+
 def source(frame: zmq.Frame) -> int | None:
     """The file descriptor of the connection that a message came on; None if that does not speak ZMTP 3."""
     try:
@@ -826,6 +831,9 @@ class Transport:
             except msgspec.DecodeError as e:
                 self._malformed(link.address.encode(), str(e))
                 continue
+            if isinstance(header.body, Hello) and not is_somebody(header.body):
+                self._malformed(link.address.encode(), "a hello without a NodeId")
+                continue
             self._count("received", header.body)
             link.heard = now
             if isinstance(header.body, HelloRequired):
@@ -854,6 +862,8 @@ class Transport:
             answer = Failure(
                 "refused", f"this node speaks protocol version {PROTOCOL_VERSION}, not {hello.version}"
             )
+        elif not is_somebody(believed):
+            answer = Failure("refused", "a node says hello with its NodeId of 32 hex digits")
         else:
             hello = believed
             answer = self._greet(hello)
