@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,10 +27,12 @@ import pytest
 from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.errors import VstackError
 from vstack.local import LocalMesh, LocalNode
+from vstack.mesh.messages import GetStatus, Header, Outcomes, Status, Submit, Unknown, encode
 from vstack.mesh.messages import Op as Operation
-from vstack.mesh.messages import Outcomes, Status, Submit, Unknown
+from vstack.mesh.transport import MAX_SESSIONS
 
 from .cluster import running_mesh, wait_for, with_client
+from .flooder import HELLO, message, shake_hands
 
 pytestmark = pytest.mark.processes
 
@@ -251,3 +256,57 @@ def test_a_flood_costs_others_no_more_than_twice_what_its_processor_time_costs_t
         if max(measured.ratios.values()) <= 2:
             return
     pytest.fail("\n".join(said))
+
+
+# -- slow and silent peers ------------------------------------------------------------------------
+
+
+def test_sessions_of_connections_that_ended_leave_room_for_others(mesh: LocalMesh) -> None:
+    """More hellos, each on a connection of its own, than a node has sessions."""
+    count = MAX_SESSIONS + 500
+    port = int(mesh.nodes[0].address.rpartition(":")[2])
+    hello = message(bytes(8), encode(Header(HELLO)))
+    for _ in range(count):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
+            shake_hands(s)
+            s.sendall(hello)
+            assert s.recv(1024)
+    counted = counters(mesh, mesh.nodes[0])
+    assert "sessions_full" not in counted
+    assert counted["received.Hello"] >= count
+
+
+def test_a_peer_that_reads_nothing_is_answered_up_to_a_bound(mesh: LocalMesh) -> None:
+    node = mesh.nodes[0]
+    before = resident(node)
+    port = int(node.address.rpartition(":")[2])
+    question = message(b"12345678", encode(Header(GetStatus(), 60_000)))
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        shake_hands(s)
+        s.sendall(message(bytes(8), encode(Header(HELLO))))
+        for _ in range(60):
+            s.sendall(question * 100)
+        wait_for(lambda: counters(mesh, node).get("dropped", 0) > 0)
+        assert resident(node) < before + MOST_GROWTH
+
+
+def test_a_node_that_was_stopped_for_a_while_under_load_serves_again(mesh: LocalMesh) -> None:
+    process = mesh.nodes[0].process
+    assert process is not None
+    flooder = start_flooder(mesh.nodes[0], "--seconds", "5")
+
+    async def load() -> None:
+        async with connect(mesh.peers) as client:
+            await Load(mesh, client).run(4)
+
+    stopper = threading.Timer(1.0, lambda: process.send_signal(signal.SIGSTOP))
+    starter = threading.Timer(3.0, lambda: process.send_signal(signal.SIGCONT))
+    for timer in (stopper, starter):
+        timer.start()
+    asyncio.run(load())
+    for timer in (stopper, starter):
+        timer.join()
+    finish(flooder)
+    counters(mesh, mesh.nodes[0])
+    assert all(n.alive for n in mesh.nodes)
