@@ -46,7 +46,7 @@ class Soak:
     def __init__(self, folder: Path, rng: Random) -> None:
         self.folder = folder
         self.rng = rng
-        self.over = False
+        self.begun = self.over = False
         self.links = Links()
         self.counts: Counter[str] = Counter()
         self.latencies: list[float] = []
@@ -78,7 +78,11 @@ class Soak:
     # -- nodes ------------------------------------------------------------------------------------
 
     def start(self, node: LocalNode) -> None:
-        node.start(self.shown[:FIRST], detach=False, extra=("--advertise", self.shown[node.number - 1]))
+        """A founder, a node that was killed, or a new one: it is told of those that are there."""
+        peers = (
+            [self.shown[n.number - 1] for n in self.nodes if n.alive] if self.begun else self.shown[:FIRST]
+        )
+        node.start(peers, detach=False, extra=("--advertise", self.shown[node.number - 1]))
 
     async def begin(self) -> None:
         for shown, real in self.addresses.items():
@@ -87,6 +91,7 @@ class Soak:
             self.start(node)
         for node in self.nodes:
             await asyncio.to_thread(node.wait_ready)
+        self.begun = True
 
     async def stop(self) -> None:
         for node in (*self.nodes, *self.spare):
