@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from vstack.mesh.registers import Generation, PieceKey, UploadId
 from vstack.node.disk import Disk, Space
-from vstack.node.scan import Damage, Found, scan
+from vstack.node.scan import Damage, Tail, scan
 from vstack.node.store import ChunkStore, Piece, StoreStats
-from vstack.node.superblock import FILE_HEADER_BYTES, Kind, read_file_header, record_size
+from vstack.node.superblock import FILE_HEADER_BYTES, Kind, Record, read_file_header
 
 NODE = "5a" * 16
 VIDEO = "ab" * 32
@@ -65,35 +65,46 @@ class Recount(NamedTuple):
     tombstones: int
     live_bytes: int
     dead_bytes: int
+    hint_bytes: int
     damaged_records: int
 
 
 def recount(folder: Path) -> Recount:
     disk = Disk()
-    latest: dict[bytes, Found] = {}
-    damaged = written = 0
+    latest: dict[bytes, tuple[int, int, Record]] = {}
+    lowest: dict[bytes, int] = {}
+    damaged = written = hints = 0
     for path in superblocks(folder):
         fd = os.open(path, os.O_RDONLY)
         header = read_file_header(disk, fd)
         assert header is not None
         for item in scan(disk, fd, header.salt, FILE_HEADER_BYTES):
-            if isinstance(item, Found):
-                known = latest.get(item.record.key)
-                if known is None or known.record.sequence < item.record.sequence:
-                    latest[item.record.key] = item
-            elif isinstance(item, Damage):
+            if isinstance(item, Damage):
                 damaged += 1
-            else:
+            elif isinstance(item, Tail):
                 written += item.end - FILE_HEADER_BYTES
+            elif item.record.kind == Kind.HINTS:
+                hints += item.record.size
+            else:
+                record = item.record
+                lowest[record.key] = min(record.sequence, lowest.get(record.key, record.sequence))
+                place = (record.sequence, header.number, record)
+                latest[record.key] = max(latest.get(record.key, place), place)
         os.close(fd)
-    pieces = [found.record for found in latest.values() if found.record.kind == Kind.DATA]
-    live = sum(record_size(found.record.length) for found in latest.values())
+    live = [
+        record
+        for key, (_, _, record) in latest.items()
+        if record.kind == Kind.DATA or damaged or lowest[key] < record.sequence
+    ]
+    pieces = [record for record in live if record.kind == Kind.DATA]
+    live_bytes = sum(record.size for record in live)
     return Recount(
         len(pieces),
         sum(record.length for record in pieces),
-        len(latest) - len(pieces),
-        live,
-        written - live,
+        len(live) - len(pieces),
+        live_bytes,
+        written - live_bytes - hints,
+        hints,
         damaged,
     )
 
@@ -105,6 +116,7 @@ def figures(stats: StoreStats) -> Recount:
         stats.tombstones,
         stats.live_bytes,
         stats.dead_bytes,
+        stats.hint_bytes,
         stats.damaged_records,
     )
 

@@ -408,7 +408,7 @@ def test_an_older_record_in_a_later_superblock_does_not_win(tmp_path: Path) -> N
 
 def test_sequence_numbers_go_on_where_the_latest_superblock_says(tmp_path: Path) -> None:
     """Even if all the records below are gone."""
-    store = open_store(tmp_path, superblock_bytes=8000)
+    store = open_store(tmp_path, superblock_bytes=9000)
     store.put([piece_of(n, bytes(600)) for n in range(6)])
     store.close()
     first, second = superblocks(tmp_path)

@@ -56,6 +56,12 @@ class OpenFiles:
                 if file.stale and not file.readers:
                     self._disk.close(file.fd)
 
+    def forget(self, number: int) -> None:
+        """The superblock is about to be unlinked: its space returns when the last reader lets go."""
+        with self._lock:
+            if number in self._files:
+                self._retire(number)
+
     def close(self) -> None:
         """Closes every file; those that are being read as soon as that is done."""
         with self._lock:

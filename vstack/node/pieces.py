@@ -65,6 +65,18 @@ class PieceRead(NamedTuple):
     """zlib.crc32 of `payload`."""
 
 
+class Holding(NamedTuple):
+    """What the store says of one key in an inventory."""
+
+    key: PieceKey
+    state: Literal["present", "absent", "quarantined"]
+    """"quarantined": it was here, was found damaged, and is not served; to be repaired."""
+    sha256: bytes = b""
+    """Of the payload, as it was stored; empty if absent."""
+    verified: bool = False
+    """True if all of it was read and compared with its hash for this answer."""
+
+
 Outcome = Literal["stored", "present", "refused", "full", "failed"]
 
 
@@ -93,28 +105,42 @@ class StartReport(NamedTuple):
     rebuilt: bool
     """True if the index was missing or damaged and was made anew from the superblocks."""
     seconds: float
+    hinted_records: int = 0
+    """Taken from the hints of their superblocks, without reading them."""
 
 
 class StoreStats(NamedTuple):
     """Figures of one store. Bytes are as they lie on disk.
 
-    live_bytes + dead_bytes + 4096 per superblock is what has been written; `file_bytes` adds the space
-    that is preallocated for the next records.
+    live_bytes + dead_bytes + hint_bytes + 4096 per superblock is what has been written; with
+    `preallocated_bytes` it is `file_bytes`.
     """
 
     pieces: int
+    """Without those in quarantine."""
     payload_bytes: int
     """Sum of the payloads of all pieces."""
     tombstones: int
+    """That still keep a deleted piece from coming back."""
     live_bytes: int
     """Records of all pieces and of the tombstones that still matter: headers, payloads, padding, footers."""
     dead_bytes: int
-    """Superseded and deleted records, damage and torn tails."""
+    """Superseded and deleted records, damage, quarantine and torn tails."""
+    hint_bytes: int
+    """What lets a rebuild do without reading the pieces."""
+    preallocated_bytes: int
+    """Reserved for the next records."""
     file_bytes: int
     """Sum of the superblocks' sizes."""
+    index_bytes: int
+    """Of the index, a cache beside the superblocks."""
     superblocks: int
     read_only_superblocks: int
     """Retired because a write or fsync failed, or because their header is damaged."""
     damaged_records: int
-    """Found by scans at start, by reads and by `verify`."""
+    """Found by scans at start, and the pieces in quarantine."""
+    quarantined: int
+    """Pieces found damaged by a read, `verify`, the scrub or compaction, and not yet written anew."""
+    read_only: bool
+    """No writes are taken until the next start: the disk or the index failed too often."""
     start: StartReport

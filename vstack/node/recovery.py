@@ -3,7 +3,9 @@
 It decides whether the index can be trusted, and what of a superblock beyond its watermark counts. The
 superblocks are the truth. Each file whose size is its watermark is fully accounted for (a clean stop
 cuts the preallocated space off, so that all of them are); of any other, the rest is scanned, synced,
-indexed, and the file sealed: it takes no more records.
+indexed, and the file sealed: it takes no more records. A file that the index has never heard of is read by
+its hints if they are good. What compaction had not finished is finished: a doomed superblock is unlinked.
+Last, when the index was made anew, tombstones that keep nothing from coming back are dropped.
 
 A crash in here loses nothing: watermarks advance together with their rows, and the next start goes on
 from there. Nothing but trailing zeros is cut off.
@@ -11,14 +13,25 @@ from there. Nothing but trailing zeros is cut off.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from vstack.node.disk import Disk
-from vstack.node.index import Index, IndexDamaged, SuperblockState, Update, delete_index
+from vstack.node.hints import Hints, read_hints, walk
+from vstack.node.index import (
+    Index,
+    IndexDamaged,
+    SuperblockState,
+    Update,
+    collect_discarded,
+    delete_index,
+)
 from vstack.node.pieces import StartReport
 from vstack.node.scan import Damage, Found, Tail, scan
 from vstack.node.superblock import (
@@ -35,6 +48,18 @@ log = logging.getLogger(__name__)
 _RECORDS_A_BATCH = 1000
 
 
+Progress = Callable[[int, int], None]
+"""Called with the bytes of superblocks that are done, and of all."""
+
+
+class Resume(NamedTuple):
+    """A superblock that was closed cleanly and may take more records."""
+
+    header: FileHeader
+    hints: Hints
+    """Of what it holds already."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """What a store works with after its start."""
@@ -42,8 +67,7 @@ class Opened:
     index: Index
     highest: int
     """Highest number of a superblock on disk, 0 if there is none."""
-    resume: FileHeader | None
-    """Of the superblock that was closed cleanly and may take more records."""
+    resume: Resume | None
     next_sequence: int
     report: StartReport
 
@@ -55,28 +79,40 @@ class _File(NamedTuple):
     """None if it is damaged."""
 
 
-def open_store(disk: Disk, index_folder: Path, folder: Path) -> Opened:
+def open_store(disk: Disk, index_folder: Path, folder: Path, progress: Progress | None = None) -> Opened:
     """Opens the index beside the superblocks in `folder`; it holds what they hold when this returns.
 
     Raises VstackError if a superblock is of a newer format or no index can be made, OSError.
     """
     began = time.monotonic()
     collect_temporary_files(disk, folder)
+    collect_discarded(index_folder)
     files = [_look_at(disk, folder, number) for number in superblock_numbers(folder)]
     index, rebuilt = _open_index(disk, index_folder, files)
     start = _Start(disk, folder, index)
     try:
+        removed = start.finish_removals()
+        files = [file for file in files if file.number not in removed]
+        done, total = 0, sum(file.size for file in files)
         for file in files:
             start.catch_up(file)
+            done += file.size
+            if progress is not None:
+                progress(done, total)
+        if rebuilt or removed:
+            start.drop_useless_tombstones()
+        resume = start.resume(files[-1]) if files else None
     except BaseException:
         index.close()
         raise
     report = StartReport(
-        start.records, start.bytes, start.torn, rebuilt and bool(files), time.monotonic() - began
+        start.records,
+        start.bytes,
+        start.torn,
+        rebuilt and bool(files),
+        time.monotonic() - began,
+        start.hinted,
     )
-    resume = None
-    if files and not index.superblocks[files[-1].number].sealed:
-        resume = files[-1].header
     return Opened(index, files[-1].number if files else 0, resume, start.next_sequence, report)
 
 
@@ -119,6 +155,8 @@ def _quarrel(index: Index, files: list[_File]) -> str | None:
     for number, state in index.superblocks.items():
         file = by_number.get(number)
         if file is None:
+            if state.doomed:
+                continue
             return f"superblock {number} is gone"
         if file.size < state.watermark:
             return f"superblock {number} has {file.size} bytes of {state.watermark}"
@@ -134,10 +172,54 @@ class _Start:
         self.records = 0
         self.bytes = 0
         self.torn = 0
+        self.hinted = 0
         self.next_sequence = index.next_sequence
         self._disk = disk
         self._folder = folder
         self._index = index
+
+    def finish_removals(self) -> set[int]:
+        """Unlinks doomed superblocks; their numbers. Raises OSError, IndexWriteFailed."""
+        doomed = {number for number, state in self._index.superblocks.items() if state.doomed}
+        if doomed:
+            for number in doomed:
+                with contextlib.suppress(FileNotFoundError):
+                    self._disk.unlink(superblock_path(self._folder, number))
+            self._disk.sync_folder(self._folder)
+            update = Update(self._index)
+            for number in doomed:
+                update.remove_superblock(number)
+            update.commit(self.next_sequence)
+        return doomed
+
+    def drop_useless_tombstones(self) -> None:
+        """Raises IndexDamaged, IndexWriteFailed."""
+        keys = (key for key, _ in self._index.tombstones())
+        while batch := list(itertools.islice(keys, _RECORDS_A_BATCH)):
+            update = Update(self._index)
+            for key in batch:
+                update.drop_if_useless(key)
+            update.commit(self.next_sequence)
+
+    def resume(self, file: _File) -> Resume | None:
+        """The latest superblock, if it may take more records."""
+        state = self._index.superblocks[file.number]
+        if state.sealed or file.header is None:
+            return None
+        fd = self._disk.open(superblock_path(self._folder, file.number))
+        try:
+            hints = walk(self._disk, fd, state.salt, state.watermark)
+        except OSError as error:
+            log.error("superblock %d: takes no more records: %s", file.number, error)
+            hints = None
+        finally:
+            self._disk.close(fd)
+        if hints is not None:
+            return Resume(file.header, hints)
+        update = Update(self._index)
+        update.seal(file.number)
+        update.commit(self.next_sequence)
+        return None
 
     def catch_up(self, file: _File) -> None:
         """Indexes what lies beyond the watermark; afterwards the watermark is the file's size."""
@@ -160,9 +242,28 @@ class _Start:
                 log.error("superblock %d: not indexed from %d on: %s", number, state.watermark, error)
                 self._retire(number, state)
                 return
-            self._scan(number, state, fd)
+            known = None
+            if number not in self._index.superblocks:
+                with contextlib.suppress(OSError):
+                    known = read_hints(self._disk, fd, state.salt)
+            if known is None:
+                self._scan(number, state, fd)
+            else:
+                self._take(number, state, known)
         finally:
             self._disk.close(fd)
+
+    def _take(self, number: int, state: SuperblockState, known: list[Found]) -> None:
+        """Indexes what the hints of a sealed superblock say, all in one."""
+        update = self._update(number, state)
+        for offset, record in known:
+            update.add(number, offset, record)
+            self.next_sequence = max(self.next_sequence, record.sequence + 1)
+        last = known[-1]
+        update.advance(number, last.offset + last.record.size)
+        update.seal(number)
+        update.commit(self.next_sequence)
+        self.hinted += len(known) - 1
 
     def _scan(self, number: int, state: SuperblockState, fd: int) -> None:
         update = self._update(number, state)

@@ -52,10 +52,14 @@ class Tail(NamedTuple):
 
 
 class _Window:
-    """The file through one buffer of 1 MiB. What cannot be read (EIO) reads as 0xEE: damage, not an end."""
+    """The file through one buffer of 1 MiB. What cannot be read (EIO) reads as 0xEE: damage, not an end.
 
-    def __init__(self, disk: Disk, fd: int, size: int) -> None:
+    Unless it is `strict`: then it raises OSError.
+    """
+
+    def __init__(self, disk: Disk, fd: int, size: int, strict: bool) -> None:
         self.size = size
+        self._strict = strict
         self._disk = disk
         self._fd = fd
         self._start = 0
@@ -74,6 +78,8 @@ class _Window:
         try:
             return self._disk.read(self._fd, offset, length)
         except OSError:
+            if self._strict:
+                raise
             if length <= _PAGE:
                 return b"\xee" * length
         pages = range(offset, offset + length, _PAGE)
@@ -120,13 +126,15 @@ def _end_of_content(window: _Window, start: int) -> int:
     return min(end + -end % 8, max(window.size, start))
 
 
-def scan(disk: Disk, fd: int, salt: bytes, start: int) -> Iterator[Found | Damage | Tail]:
+def scan(
+    disk: Disk, fd: int, salt: bytes, start: int, *, strict: bool = False
+) -> Iterator[Found | Damage | Tail]:
     """What the file holds from `start` (a record boundary) on, in order of offset; the last item is the Tail.
 
     Reads everything and hashes every payload. After bytes that are no record it goes on at the next valid
-    header. Reading errors count as damage of what could not be read.
+    header. Reading errors count as damage of what could not be read; if `strict`, they are raised.
     """
-    window = _Window(disk, fd, disk.size(fd))
+    window = _Window(disk, fd, disk.size(fd), strict)
     offset = whole = start
     waiting: list[Damage] = []
     while offset < window.size:

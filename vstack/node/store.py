@@ -1,22 +1,26 @@
 """The chunk store of one node: puts pieces into superblocks, and finds, reads and deletes them.
 
 It decides what may be stored under a key (one hash, for ever), what is damaged, and what may be
-acknowledged. Its parts: `superblock` is the format, `log` appends, `index` is the map, `recovery` the
-start, `scan` reads what a crash left, `files` keeps files open, `disk` has the system calls.
+acknowledged. Its parts: `superblock` and `hints` are the format, `log` appends, `room` says how full the
+disk may get, `index` is the map, `recovery` the start, `scan` reads what a crash left, `compaction` gives
+the space of dead records back, `scrub` looks for rot, `files` keeps files open, `disk` has the system calls.
 
     store/LOCK             held while a process has the store open
     store/superblocks/     0000000001.vsb ...    the truth
     store/index/           RocksDB               a cache of it
 
 Invariants. The same key with another hash is refused. The index is not trusted over the log: what lies
-where it points must say that it is the piece. What was found damaged is never "present": a `put` of the
-same bytes writes them anew. What a crash leaves: see `log`; a `delete` is a record like any other.
+where it points must say that it is the piece. What was found damaged is put in *quarantine*: it is not
+served, not listed and never "present"; a `put` of the same bytes writes them anew. An error while reading is
+not damage, until it has come three times in a row: the last good copy is not given up for one of them. What
+a crash leaves: see `log`; a `delete` is a record like any other.
 
 Not here: which pieces should exist, and repair. The keeper decides that.
 """
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import hashlib
 import itertools
@@ -24,16 +28,19 @@ import logging
 import struct
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from vstack.errors import DamagedData, VstackError
 from vstack.mesh.registers import PieceKey
+from vstack.node.compaction import Compaction
 from vstack.node.disk import Disk
 from vstack.node.files import OpenFiles
-from vstack.node.index import PieceRow
+from vstack.node.index import IndexWriteFailed, PieceRow, Update
 from vstack.node.log import Log, Write
 from vstack.node.pieces import (
+    Holding,
     Outcome,
     Piece,
     PieceInfo,
@@ -45,9 +52,10 @@ from vstack.node.pieces import (
     StoreStats,
     WriteFailed,
 )
-from vstack.node.recovery import open_store
+from vstack.node.recovery import Progress, open_store
+from vstack.node.room import Purpose
+from vstack.node.scrub import Scrub
 from vstack.node.superblock import (
-    FILE_HEADER_BYTES,
     RECORD_HEADER_BYTES,
     Kind,
     Record,
@@ -58,11 +66,13 @@ from vstack.node.superblock import (
 
 __all__ = [
     "ChunkStore",
+    "Holding",
     "Piece",
     "PieceInfo",
     "PieceNotFound",
     "PieceRead",
     "PieceRefused",
+    "Purpose",
     "PutResult",
     "StoreFull",
     "StoreStats",
@@ -72,6 +82,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _EMPTY_SHA256 = hashlib.sha256(b"").digest()
+
+_MOST_READ_ERRORS = 3
+"""In a row: of a piece, and it is quarantined; of the active superblock, and it takes no more records."""
 
 
 class ChunkStore:
@@ -84,17 +97,19 @@ class ChunkStore:
         node: str,
         superblock_bytes: int = 1 << 30,
         reserve: float = 0.05,
+        scrub_days: float = 7.0,
         disk: Disk | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Opens the store in `folder`, making it if need be, and recovers from whatever the last stop left.
 
         `node` is the NodeId, 32 hex digits. A superblock is closed before it exceeds `superblock_bytes`,
-        unless a single piece does. Pieces are refused when less than `reserve` (0 to 1) of the file
-        system would stay free. Raises VstackError if another process has the store open or if it is of a
-        newer format, OSError.
+        unless a single piece does. Uploads are refused when less than `reserve` (0 to 1) of the file
+        system would stay free; for other writes see `room`. `scrub_days` is how long the scrub takes to
+        read everything, in days of running time. `progress` is told how far the start is. Raises
+        VstackError if another process has the store open or if it is of a newer format, OSError.
         """
         self._disk = disk or Disk()
-        self._reserve = reserve
         self._superblocks = folder / "superblocks"
         self._disk.make_folder(self._superblocks)
         try:
@@ -103,23 +118,32 @@ class ChunkStore:
             raise VstackError(f"{folder} is in use by another process: stop that node first") from None
         with contextlib.ExitStack() as undo:
             undo.callback(self._disk.close, self._claim)
-            opened = open_store(self._disk, folder / "index", self._superblocks)
+            opened = open_store(self._disk, folder / "index", self._superblocks, progress)
             undo.callback(opened.index.close)
-            self._log = Log(self._disk, self._superblocks, opened, node=node, limit=superblock_bytes)
+            self._log = Log(
+                self._disk, self._superblocks, opened, node=node, limit=superblock_bytes, reserve=reserve
+            )
             undo.pop_all()
         self._lock = threading.Lock()
         self._files = OpenFiles(self._disk, self._superblocks)
         self._index = opened.index
         self._report = opened.report
-        self._damaged: set[bytes] = set()
+        self._read_errors: Counter[int | bytes] = Counter()
+        """Since the last success: by packed key, and of the active superblock by number."""
         self._closed = False
+        self.compaction = Compaction(
+            self._disk, self._superblocks, self._index, self._log, self._files, self._lock
+        )
+        self.scrub = Scrub(self, self._index, scrub_days * 86400)
 
-    def put(self, pieces: Sequence[Piece], *, verified: bool = False) -> list[PutResult]:
+    def put(
+        self, pieces: Sequence[Piece], *, verified: bool = False, purpose: Purpose = Purpose.UPLOAD
+    ) -> list[PutResult]:
         """Stores the pieces with one fsync for all; one answer for each, in order.
 
         What is answered "stored" or "present" (same key, same hash) is on disk when this returns. A piece
         that is refused or fails does not hinder the others. With `verified` the caller has checked the
-        payloads against their hashes. Raises IndexDamaged.
+        payloads against their hashes. How full the disk may get depends on `purpose`. Raises IndexDamaged.
         """
         refusals = [_refusal(piece, verified) for piece in pieces]
         answers: list[PutResult | Write] = []
@@ -130,8 +154,7 @@ class ChunkStore:
                     answers.append(PutResult(piece.key, "refused", refusal))
                 else:
                     answers.append(self._answer_or_write(piece, writes))
-            self._log.append(list(writes.values()), self._reserve)
-            self._damaged.difference_update(key for key, write in writes.items() if write.error is None)
+            self._log.append(list(writes.values()), purpose)
         return [
             answer if isinstance(answer, PutResult) else _answer(piece.key, answer)
             for piece, answer in zip(pieces, answers, strict=True)
@@ -140,8 +163,8 @@ class ChunkStore:
     def read(self, key: PieceKey, offset: int = 0, length: int | None = None) -> PieceRead:
         """A range of a piece, to its end if `length` is None. Its hash is not checked: `verify` does that.
 
-        Raises PieceNotFound, DamagedData if what lies there is not the piece, ValueError if the range is
-        not inside the piece, OSError if the disk fails.
+        Raises PieceNotFound, DamagedData if what lies there is not the piece or it is in quarantine,
+        ValueError if the range is not inside the piece, OSError if the disk fails.
         """
         row, data = self._load(key, lambda row: _span(row, offset, length))
         return PieceRead(_info(key, row), offset, data, zlib.crc32(data))
@@ -150,9 +173,9 @@ class ChunkStore:
         """Reads the whole piece and checks header, hash and footer. Raises as `read` does."""
         row, data = self._load(key, lambda row: (0, record_size(row.length) - RECORD_HEADER_BYTES))
         if hashlib.sha256(memoryview(data)[: row.length]).digest() != row.sha256:
-            raise self._found_damaged(key, "its payload does not have its hash")
+            raise self._found_damaged(key, row, "its payload does not have its hash")
         if memoryview(data)[row.length :] != trailer(row.length):
-            raise self._found_damaged(key, "its footer is damaged")
+            raise self._found_damaged(key, row, "its footer is damaged")
         return _info(key, row)
 
     def info(self, key: PieceKey) -> PieceInfo | None:
@@ -168,6 +191,48 @@ class ChunkStore:
         rows = itertools.islice(self._index.pieces(prefix, after), limit)
         return [_info(PieceKey.unpack(key), row) for key, row in rows]
 
+    def inventory(self, keys: Iterable[PieceKey], *, verify: bool = False) -> builtins.list[Holding]:
+        """What is held of the keys, in their order, by the index; with `verify`, by reading all of it.
+
+        A piece that `verify` finds damaged is in quarantine from then on, and said to be. Raises
+        IndexDamaged, and with `verify` OSError.
+        """
+        return [self._holding(key, verify) for key in keys]
+
+    def quarantined(self) -> builtins.list[PieceInfo]:
+        """The pieces that were found damaged and are to be repaired, in the order of their packed keys."""
+        held = self._index.quarantined
+        return [_info(PieceKey.unpack(key), row) for key, row in sorted(held.items())]
+
+    def check_tombstone(self, key: bytes) -> bool:
+        """Reads the tombstone of the packed key, if there is one; one that rotted is written anew.
+
+        False if it had rotted. Raises OSError, StoreFull, WriteFailed, IndexDamaged.
+        """
+        row = self._index.tombstone(key)
+        if row is None:
+            return True
+        state = self._index.superblocks.get(row.superblock)
+        try:
+            if state is None:
+                raise FileNotFoundError
+            with self._files.use(row.superblock) as fd:
+                header = self._disk.read(fd, row.offset, RECORD_HEADER_BYTES)
+            record = read_record(header, state.salt, row.offset)
+        except FileNotFoundError:
+            record = None
+        if record is not None and (record.key, record.sequence) == (key, row.sequence):
+            return True
+        with self._lock:
+            if self._index.tombstone(key) != row:
+                return True
+            log.error("superblock %d: the tombstone at %d is damaged", row.superblock, row.offset)
+            write = Write(_tombstone_record(PieceKey.unpack(key), key), b"")
+            self._log.append([write], Purpose.UPKEEP)
+        if write.error is not None:
+            raise write.error
+        return False
+
     def delete(self, keys: Iterable[PieceKey]) -> None:
         """The pieces are gone, for every later start too, when this returns; absent ones are no error.
 
@@ -179,10 +244,9 @@ class ChunkStore:
             writes = [
                 Write(_tombstone_record(key, raw), b"")
                 for raw, key in packed.items()
-                if self._index.piece(raw) is not None
+                if self._index.piece(raw) is not None or raw in self._index.quarantined
             ]
-            self._log.append(writes, 0.0)
-            self._damaged.difference_update(write.record.key for write in writes if write.error is None)
+            self._log.append(writes, Purpose.UPKEEP)
         for write in writes:
             if write.error is not None:
                 raise write.error
@@ -191,18 +255,24 @@ class ChunkStore:
         """Exact at a moment between two changes."""
         with self._lock:
             states = self._index.superblocks.values()
-            live = sum(state.live_bytes for state in states)
             ends = sum(state.watermark for state in states)
+            spare = self._log.spare_bytes()
+            quarantined = len(self._index.quarantined)
             return StoreStats(
                 pieces=sum(state.pieces for state in states),
                 payload_bytes=sum(state.payload_bytes for state in states),
                 tombstones=sum(state.tombstones for state in states),
-                live_bytes=live,
-                dead_bytes=ends - len(states) * FILE_HEADER_BYTES - live,
-                file_bytes=ends + self._log.spare_bytes(),
+                live_bytes=sum(state.live_bytes for state in states),
+                dead_bytes=sum(state.dead_bytes for state in states),
+                hint_bytes=sum(state.hint_bytes for state in states),
+                preallocated_bytes=spare,
+                file_bytes=ends + spare,
+                index_bytes=self._index.disk_bytes(),
                 superblocks=len(states),
                 read_only_superblocks=sum(state.retired for state in states),
-                damaged_records=sum(state.damaged for state in states) + len(self._damaged),
+                damaged_records=sum(state.damaged for state in states) + quarantined,
+                quarantined=quarantined,
+                read_only=self._log.read_only,
                 start=self._report,
             )
 
@@ -223,11 +293,12 @@ class ChunkStore:
         """The answer if nothing need be written, or the entry in `writes` that will tell."""
         key = piece.key.pack()
         row = self._index.piece(key)
-        held = writes[key].record.sha256 if key in writes else row.sha256 if row else piece.sha256
+        known = row or self._index.quarantined.get(key)
+        held = writes[key].record.sha256 if key in writes else known.sha256 if known else piece.sha256
         if held != piece.sha256:
             taken = PieceRefused(f"the key of piece {_name(piece.key)} is taken by other bytes")
             return PutResult(piece.key, "refused", taken)
-        if row is not None and key not in self._damaged:
+        if row is not None:
             return PutResult(piece.key, "present")
         return writes.setdefault(key, Write(_data_record(piece, key), piece.payload))
 
@@ -241,29 +312,75 @@ class ChunkStore:
         while True:
             row = self._index.piece(packed)
             if row is None:
+                if packed in self._index.quarantined:
+                    raise DamagedData(f"piece {_name(key)} is damaged here, and in quarantine")
                 raise PieceNotFound(f"piece {_name(key)} is not here")
             if row == gone:
-                raise self._found_damaged(key, "its superblock is gone")
+                raise self._found_damaged(key, row, "its superblock is gone")
             start, length = span(row)
+            state = self._index.superblocks.get(row.superblock)
             try:
+                if state is None:
+                    raise FileNotFoundError
                 with self._files.use(row.superblock) as fd:
                     header = self._disk.read(fd, row.offset, RECORD_HEADER_BYTES)
                     data = self._disk.read(fd, row.offset + RECORD_HEADER_BYTES + start, length)
             except FileNotFoundError:
                 gone = row
                 continue
-            record = read_record(header, self._index.superblocks[row.superblock].salt, row.offset)
+            except OSError as error:
+                self._note_read_error(key, row, error)
+                raise
+            if self._read_errors:
+                self._forget_read_errors(packed, row.superblock)
+            record = read_record(header, state.salt, row.offset)
             if record is None or (record.key, record.sequence) != (packed, row.sequence):
-                raise self._found_damaged(key, "its header is damaged")
+                raise self._found_damaged(key, row, "its header is damaged")
             if len(data) < length:
-                raise self._found_damaged(key, "its superblock ends inside it")
+                raise self._found_damaged(key, row, "its superblock ends inside it")
             return row, data
 
-    def _found_damaged(self, key: PieceKey, why: str) -> DamagedData:
-        """Remembers the damage, so that the next `put` of the piece writes it anew."""
-        self._damaged.add(key.pack())
+    def _holding(self, key: PieceKey, verify: bool) -> Holding:
+        packed = key.pack()
+        row = self._index.piece(packed)
+        if row is not None and verify:
+            try:
+                return Holding(key, "present", self.verify(key).sha256, True)
+            except (PieceNotFound, DamagedData):
+                row = self._index.piece(packed)
+        if row is not None:
+            return Holding(key, "present", row.sha256)
+        bad = self._index.quarantined.get(packed)
+        return Holding(key, "absent") if bad is None else Holding(key, "quarantined", bad.sha256)
+
+    def _found_damaged(self, key: PieceKey, row: PieceRow, why: str) -> DamagedData:
+        """Quarantines the piece, unless it has moved or was written anew meanwhile."""
         log.error("piece %s: %s", _name(key), why)
+        with self._lock:
+            update = Update(self._index)
+            update.quarantine(key.pack(), row)
+            try:
+                update.commit(self._index.next_sequence)
+            except IndexWriteFailed as error:
+                log.error("piece %s could not be quarantined: %s", _name(key), error)
         return DamagedData(f"piece {_name(key)} is damaged here: {why}")
+
+    def _note_read_error(self, key: PieceKey, row: PieceRow, error: OSError) -> None:
+        """Counts, and draws the consequences of the third in a row."""
+        packed = key.pack()
+        with self._lock:
+            self._read_errors.update((packed, row.superblock))
+            of_piece, of_file = self._read_errors[packed], self._read_errors[row.superblock]
+            if of_file >= _MOST_READ_ERRORS and row.superblock == self._log.active:
+                log.error("superblock %d: cannot be read, it takes no more: %s", row.superblock, error)
+                self._log.retire_active()
+        if of_piece >= _MOST_READ_ERRORS:
+            self._found_damaged(key, row, f"it could not be read {of_piece} times: {error}")
+
+    def _forget_read_errors(self, packed: bytes, superblock: int) -> None:
+        with self._lock:
+            self._read_errors.pop(packed, None)
+            self._read_errors.pop(superblock, None)
 
 
 def _refusal(piece: Piece, verified: bool) -> PieceRefused | None:

@@ -8,17 +8,18 @@ Numbers are big-endian. Everything begins at a multiple of 8 bytes.
         10   2  reserved, zero
         12  16  NodeId of the node that made the file; informational
         28   8  number of the superblock
-        36   8  first sequence number that this file may hold
+        36   8  first sequence number that was not taken when the file was made; copies in it have lower ones
         44  16  salt, random
         60   4  CRC-32 of the 60 bytes before
     record header, 176 bytes
          0   8  magic "\\xf5vstkrec"
          8   1  format version, 1
-         9   1  kind: 1 data, 2 tombstone; others are skipped by readers that do not know them
+         9   1  kind: 1 data, 2 tombstone, 3 hints (see `hints`); readers skip kinds that they do not know
         10   2  k        pieces that give the chunk back
         12   2  m        pieces of the chunk in all
         14   2  reserved, zero
-        16   8  sequence number, unique on this node; of two records of a key the higher one holds
+        16   8  sequence number, unique on this node; of two records of a key the higher one holds.
+                A copy made by compaction keeps it; of two copies the one in the higher superblock holds
         24   8  against: version of the register that the piece's commit expects
         32   8  length of the chunk
         40   8  length of the payload
@@ -49,6 +50,7 @@ import hashlib
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -77,10 +79,14 @@ _STEP = 64 << 20
 
 _PAGE = 4096
 
+KeepFree = Callable[[int], float]
+"""From the bytes of a file system to how many of them must stay free."""
+
 
 class Kind(IntEnum):
     DATA = 1
     TOMBSTONE = 2
+    HINTS = 3
 
 
 class FileHeader(NamedTuple):
@@ -249,11 +255,10 @@ class Appender:
         """Size of the file, preallocated space included."""
         return self._allocated
 
-    def make_room(self, size: int, keep_free: float, limit: int) -> None:
+    def make_room(self, size: int, keep_free: KeepFree, limit: int) -> None:
         """Room for a record of `size` bytes more; preallocates up to `limit`. Raises NoRoom, OSError.
 
-        `keep_free` is the share of the file system, 0 to 1, below which free space may not fall. Space
-        that is already preallocated is used whatever else fills the disk.
+        Space that is already preallocated is used whatever else fills the disk.
         """
         need = self.end + size
         if need <= self._allocated:
@@ -262,7 +267,7 @@ class Appender:
         for goal in (ample, need + -need % _PAGE):
             growth = goal - self._allocated
             space = self._disk.space(self._fd)
-            if space.free - growth < space.total * keep_free:
+            if space.free - growth < keep_free(space.total):
                 continue
             try:
                 if self._disk.preallocate(self._fd, self._allocated, growth):
