@@ -182,77 +182,30 @@ class Crash(BaseException):
     """The process stops here."""
 
 
-class CrashingDisk(Disk):
-    """Stops the process at the operation number `stop_at` (from 1); a write stops half way."""
-
-    def __init__(self, stop_at: int) -> None:
-        self.operations = 0
-        self._stop_at = stop_at
-
-    def _boundary(self) -> bool:
-        self.operations += 1
-        return self.operations == self._stop_at
-
-    def create(self, path: Path) -> int:
-        if self._boundary():
-            raise Crash
-        return super().create(path)
-
-    def write(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
-        if self._boundary():
-            joined = b"".join(buffers)
-            super().write(fd, [joined[: random.Random(self._stop_at).randrange(len(joined) + 1)]], offset)
-            raise Crash
-        super().write(fd, buffers, offset)
-
-    def sync(self, fd: int) -> None:
-        if self._boundary():
-            raise Crash
-        super().sync(fd)
-
-    def sync_folder(self, path: Path) -> None:
-        if self._boundary():
-            raise Crash
-        super().sync_folder(path)
-
-    def preallocate(self, fd: int, offset: int, length: int) -> bool:
-        if self._boundary():
-            raise Crash
-        return super().preallocate(fd, offset, length)
-
-    def truncate(self, fd: int, size: int) -> None:
-        if self._boundary():
-            raise Crash
-        super().truncate(fd, size)
-
-    def rename(self, old: Path, new: Path) -> None:
-        if self._boundary():
-            raise Crash
-        super().rename(old, new)
-
-    def unlink(self, path: Path) -> None:
-        if self._boundary():
-            raise Crash
-        super().unlink(path)
-
-
 class ForgetfulDisk(Disk):
-    """A disk that loses, at `lose_power`, any part of what was not synced: sectors and names."""
+    """A disk that loses, at `lose_power`, any part of what was not synced: sectors, sizes and names."""
 
     def __init__(self) -> None:
         self._paths: dict[int, Path] = {}
         self._unsynced: dict[Path, list[tuple[int, bytes]]] = {}
-        self._unnamed: list[Path] = []
+        self._sizes: dict[Path, int] = {}
+        """Of files, when they were synced last."""
+        self._unnamed: dict[Path, Path | None] = {}
+        """New names, and the names that the files had before."""
+        self._unlinked: dict[Path, Path] = {}
+        """Names that are gone, and where the file is kept in case the name comes back."""
 
     def create(self, path: Path) -> int:
         fd = super().create(path)
         self._paths[fd] = path
-        self._unnamed.append(path)
+        self._sizes[path] = 0
+        self._unnamed[path] = None
         return fd
 
     def open(self, path: Path, *, write: bool = False) -> int:
         fd = super().open(path, write=write)
         self._paths[fd] = path
+        self._sizes.setdefault(path, os.fstat(fd).st_size)
         return fd
 
     def write(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
@@ -264,21 +217,42 @@ class ForgetfulDisk(Disk):
     def sync(self, fd: int) -> None:
         super().sync(fd)
         self._unsynced.pop(self._paths[fd], None)
+        self._sizes[self._paths[fd]] = self.size(fd)
 
     def sync_folder(self, path: Path) -> None:
         super().sync_folder(path)
-        self._unnamed = [p for p in self._unnamed if p.parent != path]
+        self._unnamed = {new: old for new, old in self._unnamed.items() if new.parent != path}
+        for gone in [gone for gone in self._unlinked if gone.parent == path]:
+            self._unlinked.pop(gone).unlink()
 
     def rename(self, old: Path, new: Path) -> None:
         super().rename(old, new)
-        self._unnamed = [new if path == old else path for path in self._unnamed]
+        known = old not in self._unnamed
+        self._unnamed.pop(old, None)
+        self._unnamed[new] = old if known else None
         for fd, path in self._paths.items():
             if path == old:
                 self._paths[fd] = new
         if old in self._unsynced:
             self._unsynced[new] = self._unsynced.pop(old)
+        self._sizes[new] = self._sizes.pop(old, 0)
+
+    def unlink(self, path: Path) -> None:
+        if path in self._unnamed or path.suffix == ".tmp":
+            self._unnamed.pop(path, None)
+        else:
+            kept = path.parent.parent / f"unlinked-{path.name}"
+            kept.unlink(missing_ok=True)
+            os.link(path, kept)
+            self._unlinked[path] = kept
+        super().unlink(path)
 
     def lose_power(self, rng: random.Random) -> None:
+        for path, kept in self._unlinked.items():
+            if rng.random() < 0.5 and not path.exists():
+                kept.rename(path)
+            else:
+                kept.unlink()
         for path, writes in self._unsynced.items():
             if path.exists():
                 with path.open("r+b") as file:
@@ -287,6 +261,104 @@ class ForgetfulDisk(Disk):
                             if rng.random() < 0.5:
                                 file.seek(offset + at)
                                 file.write(before[at : at + 512])
-        for path in self._unnamed:
-            if rng.random() < 0.5:
+        for path, size in self._sizes.items():
+            if path.exists() and rng.random() < 0.3:
+                os.truncate(path, size)
+        for path, before_it in self._unnamed.items():
+            fate = rng.choice(("kept", "gone", "as before"))
+            if fate == "as before" and before_it is not None and path.exists():
+                path.rename(before_it)
+            elif fate == "gone":
                 path.unlink(missing_ok=True)
+
+
+class CrashingDisk(ForgetfulDisk):
+    """Stops the process at the operation number `stop_at` (from 1); a write stops half way."""
+
+    def __init__(self, stop_at: int) -> None:
+        super().__init__()
+        self.operations = 0
+        self._stop_at = stop_at
+
+    def boundary(self) -> bool:
+        """Counts an operation; True if the process is to stop in it."""
+        self.operations += 1
+        return self.operations == self._stop_at
+
+    def _stop_if_due(self) -> None:
+        if self.boundary():
+            raise Crash
+
+    def create(self, path: Path) -> int:
+        self._stop_if_due()
+        return super().create(path)
+
+    def write(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+        if self.boundary():
+            joined = b"".join(buffers)
+            torn = joined[: random.Random(self._stop_at).randrange(len(joined) + 1)]
+            super().write(fd, [torn], offset)
+            raise Crash
+        super().write(fd, buffers, offset)
+
+    def sync(self, fd: int) -> None:
+        self._stop_if_due()
+        super().sync(fd)
+
+    def sync_folder(self, path: Path) -> None:
+        self._stop_if_due()
+        super().sync_folder(path)
+
+    def preallocate(self, fd: int, offset: int, length: int) -> bool:
+        self._stop_if_due()
+        return super().preallocate(fd, offset, length)
+
+    def truncate(self, fd: int, size: int) -> None:
+        self._stop_if_due()
+        super().truncate(fd, size)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._stop_if_due()
+        super().rename(old, new)
+
+    def unlink(self, path: Path) -> None:
+        self._stop_if_due()
+        super().unlink(path)
+
+
+class Ledger:
+    """What the store has promised, kept by the test."""
+
+    def __init__(self) -> None:
+        self.stored: dict[PieceKey, Piece] = {}
+        """Acknowledged and not since deleted."""
+        self.deleted: set[PieceKey] = set()
+        """The delete was acknowledged."""
+        self.unknown: dict[PieceKey, Piece] = {}
+        """A put or delete was begun and not answered."""
+
+    def put(self, store: ChunkStore, pieces: list[Piece]) -> None:
+        self.unknown |= {piece.key: piece for piece in pieces}
+        self.deleted -= self.unknown.keys()
+        for piece, result in zip(pieces, store.put(pieces), strict=True):
+            assert result.durable
+            self.stored[piece.key] = self.unknown.pop(piece.key)
+
+    def delete(self, store: ChunkStore, keys: list[PieceKey]) -> None:
+        self.unknown |= {key: self.stored.pop(key) for key in keys}
+        store.delete(keys)
+        for key in keys:
+            del self.unknown[key]
+        self.deleted |= set(keys)
+
+    def check(self, store: ChunkStore, folder: Path) -> None:
+        held = {info.key for info in store.list(limit=1 << 20)}
+        assert set(self.stored) <= held <= set(self.stored) | set(self.unknown)
+        assert not held & self.deleted
+        for key in held:
+            piece = self.stored.get(key) or self.unknown[key]
+            store.verify(key)
+            assert store.read(key).payload == piece.payload
+        assert figures(store.stats()) == recount(folder)
+        assert store.stats().read_only_superblocks == 0
+        assert store.stats().file_bytes - sum(p.stat().st_size for p in folder.glob("superblocks/*")) == 0

@@ -21,14 +21,12 @@ from tests.store_helpers import (
     Crash,
     CrashingDisk,
     ForgetfulDisk,
+    Ledger,
     abandon,
-    figures,
     key_of,
     open_store,
     piece_of,
-    recount,
 )
-from vstack.mesh.registers import PieceKey
 from vstack.node.disk import Disk
 from vstack.node.store import ChunkStore, Piece
 from vstack.node.superblock import FILE_HEADER_BYTES
@@ -43,43 +41,6 @@ def quick(tmp_path: Path) -> Iterator[Path]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
         yield Path(folder)
-
-
-class Ledger:
-    """What the store has promised, kept by the test."""
-
-    def __init__(self) -> None:
-        self.stored: dict[PieceKey, Piece] = {}
-        """Acknowledged and not since deleted."""
-        self.deleted: set[PieceKey] = set()
-        """The delete was acknowledged."""
-        self.unknown: dict[PieceKey, Piece] = {}
-        """A put or delete was begun and not answered."""
-
-    def put(self, store: ChunkStore, pieces: list[Piece]) -> None:
-        self.unknown |= {piece.key: piece for piece in pieces}
-        for piece, result in zip(pieces, store.put(pieces), strict=True):
-            assert result.durable
-            self.stored[piece.key] = self.unknown.pop(piece.key)
-
-    def delete(self, store: ChunkStore, keys: list[PieceKey]) -> None:
-        self.unknown |= {key: self.stored.pop(key) for key in keys}
-        store.delete(keys)
-        for key in keys:
-            del self.unknown[key]
-        self.deleted |= set(keys)
-
-    def check(self, store: ChunkStore, folder: Path) -> None:
-        held = {info.key for info in store.list(limit=1 << 20)}
-        assert set(self.stored) <= held <= set(self.stored) | set(self.unknown)
-        assert not held & self.deleted
-        for key in held:
-            piece = self.stored.get(key) or self.unknown[key]
-            store.verify(key)
-            assert store.read(key).payload == piece.payload
-        assert figures(store.stats()) == recount(folder)
-        assert store.stats().read_only_superblocks == 0
-        assert store.stats().file_bytes - sum(p.stat().st_size for p in folder.glob("superblocks/*")) == 0
 
 
 def recover(ledger: Ledger, folder: Path) -> None:

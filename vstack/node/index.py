@@ -8,6 +8,7 @@ Rows; numbers are big-endian:
 
     "f"                       format of the index (2 bytes)
     "n"                       next sequence number (8)
+    "e"                       there once the index has heard of every superblock (empty)
     "c"                       where the scrub is: see `scrub`
     "s" number (8)            superblock: salt (16), watermark, pieces, payload bytes, tombstones,
                               live bytes, bytes of hints, damaged records (8 each), flags (1)
@@ -219,6 +220,16 @@ class Index:
         """Those whose packed keys lie above `after`, in order."""
         for key, value in self._rows(b"t", b"t" + after + b"\0" if after else b"t"):
             yield key[1:], TombstoneRow.unpack(value)
+
+    def is_complete(self) -> bool:
+        """Whether it has heard of every superblock since it was made. Raises IndexDamaged."""
+        return self._get(b"e") is not None
+
+    def mark_complete(self) -> None:
+        """Raises IndexWriteFailed."""
+        batch = WriteBatch(raw_mode=True)
+        batch[b"e"] = b""
+        self.write(batch, sync=False)
 
     def scrub_place(self) -> bytes | None:
         """What `save_scrub_place` was given last. Raises IndexDamaged."""

@@ -5,7 +5,8 @@ superblocks are the truth. Each file whose size is its watermark is fully accoun
 cuts the preallocated space off, so that all of them are); of any other, the rest is scanned, synced,
 indexed, and the file sealed: it takes no more records. A file that the index has never heard of is read by
 its hints if they are good. What compaction had not finished is finished: a doomed superblock is unlinked.
-Last, when the index was made anew, tombstones that keep nothing from coming back are dropped.
+Last, when the index was made anew, by this start or one that was interrupted, tombstones that keep nothing
+from coming back are dropped.
 
 A crash in here loses nothing: watermarks advance together with their rows, and the next start goes on
 from there. Nothing but trailing zeros is cut off.
@@ -99,8 +100,9 @@ def open_store(disk: Disk, index_folder: Path, folder: Path, progress: Progress 
             done += file.size
             if progress is not None:
                 progress(done, total)
-        if rebuilt or removed:
+        if removed or not index.is_complete():
             start.drop_useless_tombstones()
+            index.mark_complete()
         resume = start.resume(files[-1]) if files else None
     except BaseException:
         index.close()
