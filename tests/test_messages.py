@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from vstack.mesh.config import Config, Member, View, group, key_epoch, key_subject, leader
 from vstack.mesh.messages import (
+    ENVELOPE_BYTES,
+    ENVELOPE_ITEMS,
     MAX_CONTROL,
     MAX_SCAN,
     ZERO,
@@ -20,6 +22,8 @@ from vstack.mesh.messages import (
     Ballot,
     Body,
     Chain,
+    Created,
+    Creates,
     Envelope,
     Failure,
     GetPiece,
@@ -52,6 +56,13 @@ ballots = st.builds(Ballot, u63, u63, st.sampled_from(["", NODE]), u63)
 datas = st.none() | st.binary(max_size=200) | st.just(b"x" * MAX_RECORD)
 applied = st.tuples(st.binary(min_size=16, max_size=16), u63)
 values = st.builds(Value, u63, datas, st.lists(applied, max_size=16).map(tuple))
+stems = st.from_regex(r"\Achunk/[0-9a-f]{64}/[0-9]{1,10}\.[0-9]{1,19}/\Z")
+neighbours = st.dictionaries(st.integers(0, 10**8 - 1), values, min_size=1, max_size=5).map(
+    lambda d: dict(sorted(d.items()))
+)
+creates = st.tuples(stems, ballots, neighbours).map(
+    lambda t: Creates(t[0], t[1], tuple(t[2]), tuple(t[2].values()))
+)
 BY_FIELD: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("Hello", "role"): st.sampled_from(["node", "client"]),
     ("Hello", "mesh"): st.text(max_size=32),
@@ -93,6 +104,10 @@ def of_type(info: msgspec.inspect.Type, owner: str = "", field: str = "") -> st.
             return ballots
         if cls is Value:
             return values
+        if cls is Creates:
+            return creates
+        if cls is Created:
+            return creates.map(lambda m: Created(m.stem, m.ballot, m.indexes))
         fields = [of_type(f.type, cls.__name__, f.name) for f in info.fields]
         return st.tuples(*fields).map(lambda args: cls(*args))
     if isinstance(info, inspect.UnionType):
@@ -312,3 +327,56 @@ def test_the_largest_envelope_of_small_replies_fits_a_part_of_the_control_lane()
 def test_a_chain_comes_back_with_all_its_members() -> None:
     chain = Chain("ab" * 16, tuple(Config(e, MEMBERS, 1) for e in range(1, 5)))
     assert decode(encode(Header(chain))).body == chain
+
+
+STEM = f"chunk/{VIDEO}/1.2/"
+
+
+def test_a_run_of_creates_is_exactly_its_accepts_and_so_is_its_answer() -> None:
+    ballot = Ballot(1, 0, NODE, 3)
+    some = (Value(1, b"a"), Value(1, b"b"))
+    run = Creates(STEM, ballot, (7, 130), some)
+    keys_of_it = [f"{STEM}00000007", f"{STEM}00000130"]
+    assert run.key == keys_of_it[0]
+    assert run.accepts() == [Accept(k, ballot, v, True) for k, v in zip(keys_of_it, some, strict=True)]
+    answer = Created(STEM, ballot, (7, 130))
+    assert answer.accepteds() == [Accepted(k, ballot) for k in keys_of_it]
+
+
+@pytest.mark.parametrize(
+    ("stem", "indexes", "count"),
+    [
+        (STEM, (), 0),
+        (STEM, (1, 2), 1),
+        (STEM, (1,), 2),
+        (STEM, (2, 1), 2),
+        (STEM, (1, 1), 2),
+        (STEM, (-1,), 1),
+        (STEM, (10**8,), 1),
+        (STEM, tuple(range(ENVELOPE_ITEMS + 1)), ENVELOPE_ITEMS + 1),
+        (f"video/{VIDEO}", (1,), 1),
+        (f"{STEM}\n", (1,), 1),
+        (f"{STEM}00000001", (1,), 1),
+    ],
+)
+def test_runs_of_creates_without_form_are_not_decoded(
+    stem: str, indexes: tuple[int, ...], count: int
+) -> None:
+    fields = [stem, list(ZERO), list(indexes)]
+    run = [10, *fields, [[1, b"x", []]] * count]
+    with pytest.raises(msgspec.DecodeError):
+        decode(msgspec.msgpack.encode([[1, [run]], 0]))
+    if count == len(indexes):
+        with pytest.raises(msgspec.DecodeError):
+            decode(msgspec.msgpack.encode([[1, [[11, *fields]]], 0]))
+
+
+def test_a_run_of_creates_has_no_more_bytes_than_an_envelope() -> None:
+    def encoded(length: int) -> bytes:
+        data = [b"x" * (ENVELOPE_BYTES // 2), b"x" * length]
+        run = [10, STEM, list(ZERO), [1, 2], [[1, d, []] for d in data]]
+        return msgspec.msgpack.encode([[1, [run]], 0])
+
+    assert isinstance(decode(encoded(ENVELOPE_BYTES // 2)).body, Envelope)
+    with pytest.raises(msgspec.DecodeError):
+        decode(encoded(ENVELOPE_BYTES // 2 + 1))

@@ -12,11 +12,16 @@ from vstack.mesh.config import Config, Member, NodeId, View
 from vstack.mesh.messages import (
     ABSENT,
     EMPTY,
+    ENVELOPE_BYTES,
+    ENVELOPE_ITEMS,
     ZERO,
     Accept,
     Accepted,
     Applied,
     Ballot,
+    Created,
+    Creates,
+    Forward,
     Found,
     Mismatch,
     Nack,
@@ -65,11 +70,15 @@ class Mesh:
         self.names = self.chain[-1].nodes
         self.disks: dict[NodeId, dict[str, Record]] = {n: {} for n in NODES}
         self.views = {n: View(self.chain) for n in NODES}
-        self.acceptors = {n: Acceptor(n, self.views[n], self.disks[n].get) for n in NODES}
+        self.acceptors = {n: self._acceptor(n) for n in NODES}
         self.proposers = {n: self._proposer(n) for n in NODES}
-        self.wire: list[tuple[NodeId, NodeId, Request | Reply]] = []
+        self.wire: list[tuple[NodeId, NodeId, Request | Reply | Forward | Creates | Created]] = []
         self.sent = 0
         self.now = 0.0
+
+    def _acceptor(self, n: NodeId) -> Acceptor:
+        disk = self.disks[n]
+        return Acceptor(n, self.views[n], disk.get, lambda a, b: any(a <= key <= b for key in disk))
 
     def _proposer(self, n: NodeId, boot: int = 1) -> Proposer:
         return Proposer(n, boot, self.views[n], self.acceptors[n], Random(1))
@@ -82,6 +91,10 @@ class Mesh:
     def submit(self, node: NodeId, *ops: Op, patience: float = 100.0) -> None:
         for o in ops:
             self.proposers[node].submit(o, self.now, self.now + patience, o.id)
+        self.commit()
+
+    def submit_all(self, node: NodeId, *ops: Op, patience: float = 100.0) -> None:
+        self.proposers[node].submit_all(ops, self.now, self.now + patience, [o.id for o in ops])
         self.commit()
 
     def commit(self) -> None:
@@ -108,12 +121,18 @@ class Mesh:
         ]
         self.wire = [x for x in self.wire if x not in chosen]
         for source, target, m in chosen:
-            if isinstance(m, Request):
+            if isinstance(m, Creates):
+                replies = self.acceptors[target].on_creates(m)
+                self.sent += len(replies)
+                self.wire += [(target, source, reply) for reply in replies]
+            elif isinstance(m, Created):
+                self.proposers[target].created(source, m, self.now)
+            elif isinstance(m, Request):
                 reply = self.acceptors[target].receive(m)
                 if reply is not None:
                     self.sent += 1
                     self.wire.append((target, source, reply))
-            else:
+            elif not isinstance(m, Forward):
                 self.proposers[target].receive(source, m, self.now)
         self.commit()
         return len(chosen)
@@ -777,3 +796,310 @@ def test_a_read_does_not_trust_a_new_group_that_holds_nothing_of_its_era() -> No
         mesh.disks[n][KEY] = Record(ballot(1, n), ballot(1, old[0]), Value(FIRST, b"old"))
     assert mesh.ask(new[0], op(1, None)) == [Found(FIRST, b"old")]
     assert mesh.proposers[new[0]].counters["full"] == 1
+
+
+# -- runs of fast creates ---------------------------------------------------------------------------
+
+RUN = [f"chunk/{VIDEO}/1.1048577/{i:08d}" for i in range(3, 6)]
+
+
+def creates(*keys: str, first: int = 1) -> list[Op]:
+    return [op(first + i, 0, b"%d" % i, key) for i, key in enumerate(keys)]
+
+
+def others(mesh: Mesh) -> list[NodeId]:
+    return [n for n in mesh.names if n != mesh.leader()]
+
+
+def kinds_on_wire(mesh: Mesh) -> list[str]:
+    return sorted(type(m).__name__ for _, _, m in mesh.wire)
+
+
+def test_creates_of_neighbouring_chunks_cost_one_message_and_one_answer_for_each_other_node(
+    mesh: Mesh,
+) -> None:
+    leader = mesh.leader()
+    mesh.submit_all(leader, *creates(*reversed(RUN)))
+    assert kinds_on_wire(mesh) == ["Creates"] * 2
+    assert all(mesh.disks[leader][key].accepted == ballot(0, leader) for key in RUN)
+    assert mesh.outcomes(leader) == []
+    mesh.deliver()
+    assert kinds_on_wire(mesh) == ["Created"] * 2
+    mesh.deliver()
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 3
+    assert mesh.sent == 4
+    assert [mesh.disks[n][key].value.data for n in mesh.names for key in RUN] == [b"2", b"1", b"0"] * 3
+    assert mesh.proposers[leader].in_flight == 0
+    assert mesh.proposers[leader].counters["unknown"] == 0
+
+
+def test_a_run_in_a_mesh_of_one_ends_with_its_commit() -> None:
+    mesh = Mesh(size=1)
+    mesh.submit_all(NODES[0], *creates(*RUN))
+    assert mesh.outcomes(NODES[0]) == [Ok(FIRST)] * 3
+    assert mesh.sent == 0
+
+
+def test_in_a_run_each_key_appears_once_and_what_repeats_it_waits_for_the_first(mesh: Mesh) -> None:
+    leader = mesh.leader()
+    twice = op(9, 0, b"late", RUN[0])
+    mesh.submit_all(leader, *creates(*RUN), twice)
+    mesh.run()
+    assert sorted(mesh.outcomes(leader), key=repr) == [Mismatch(FIRST, b"0"), *[Ok(FIRST)] * 3]
+
+
+def test_what_is_no_create_of_the_own_leadership_goes_by_itself(mesh: Mesh) -> None:
+    leader = mesh.leader()
+    next_turn = next(
+        key
+        for key in (f"chunk/{VIDEO}/1.1048577/{128 * i:08d}" for i in range(1, 4))
+        if mesh.leader(key) != leader
+    )
+    ops = [*creates(*RUN[:2]), op(5, None, key=RUN[2]), op(6, 0, b"y", KEY), op(7, 0, b"z", next_turn)]
+    mesh.submit_all(leader, *ops)
+    # The chunk of another leader belongs to the same upload: then none of them is a run.
+    assert kinds_on_wire(mesh).count("Creates") == 0
+    mesh.run()
+    assert len(mesh.outcomes(leader)) == 5
+    mesh.submit_all(
+        others(mesh)[0], *creates(RUN[0].replace("03", "40"), RUN[0].replace("03", "41"), first=20)
+    )
+    assert "Creates" not in kinds_on_wire(mesh)
+
+
+def test_a_run_is_refused_by_an_own_disk_that_holds_one_of_its_records(mesh: Mesh) -> None:
+    leader = mesh.leader()
+    mesh.disks[leader][RUN[1]] = Record(ballot(1, others(mesh)[0]))
+    mesh.submit_all(leader, *creates(*RUN))
+    assert "Creates" not in kinds_on_wire(mesh)
+    assert {type(m).__name__ for _, _, m in mesh.wire} == {"Accept", "Prepare"}
+    mesh.run()
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 3
+
+
+def test_an_acceptor_that_holds_one_of_the_records_answers_for_each_by_itself(mesh: Mesh) -> None:
+    leader, other = mesh.leader(), others(mesh)[0]
+    promised = Record(ballot(4, other))
+    mesh.disks[other][RUN[1]] = promised
+    mesh.submit_all(leader, *creates(*RUN))
+    mesh.deliver(to=other)
+    assert [(type(m).__name__, m.key) for _, to, m in mesh.wire if to == leader] == [
+        ("Accepted", RUN[0]),
+        ("Nack", RUN[1]),
+        ("Accepted", RUN[2]),
+    ]
+    assert mesh.disks[other][RUN[1]] == promised
+    mesh.deliver(to=leader)
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 2
+    mesh.run()
+    assert mesh.outcomes(leader) == [Ok(FIRST)]
+    assert mesh.disks[leader][RUN[1]].accepted.round > 4
+
+
+def test_an_acceptor_looks_for_records_also_among_what_is_not_on_disk_yet(mesh: Mesh) -> None:
+    leader, other = mesh.leader(), others(mesh)[0]
+    acceptor = mesh.acceptors[other]
+    acceptor.receive(Prepare(RUN[2], ballot(1, other)))
+    run = Creates(RUN[0][:-8], ballot(0, leader), (3, 4, 5), (Value(FIRST, b"x"),) * 3)
+    assert [type(reply) for reply in acceptor.on_creates(run)] == [Accepted, Accepted, Nack]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ballot(1),  # phase 1 is missing
+        ballot(0, NODES[6]),  # not the leader
+        ballot(0, epoch=0),  # before the keys' epoch
+    ],
+)
+def test_a_run_that_may_not_create_is_refused_for_each_key(mesh: Mesh, wrong: Ballot) -> None:
+    if wrong.node == NODES[0]:
+        wrong = wrong._replace(node=mesh.leader())
+    acceptor = mesh.acceptors[others(mesh)[0]]
+    run = Creates(RUN[0][:-8], wrong, (3, 4), (Value(FIRST, b"x"),) * 2)
+    assert [type(reply) for reply in acceptor.on_creates(run)] == [Nack, Nack]
+    assert acceptor.dirty == {}
+
+
+def test_a_run_over_the_turns_of_two_leaders_is_accepted_for_the_keys_of_its_own_only(mesh: Mesh) -> None:
+    stem = RUN[0][:-8]
+    turn = next(i for i in range(3) if mesh.leader(f"{stem}{128 * i:08d}") == mesh.leader())
+    last = 128 * (turn + 1) - 1
+    acceptor = mesh.acceptors[others(mesh)[0]]
+    run = Creates(stem, ballot(0, mesh.leader()), (last, last + 1), (Value(FIRST, b"x"),) * 2)
+    assert [type(reply) for reply in acceptor.on_creates(run)] == [Accepted, Nack]
+
+
+def test_the_journal_has_a_line_for_each_key_of_a_run(mesh: Mesh) -> None:
+    journal: list[Accept] = []
+    mesh.acceptors[others(mesh)[0]].journal = journal
+    mesh.submit_all(mesh.leader(), *creates(*RUN))
+    mesh.deliver()
+    assert [m.key for m in journal] == RUN
+    assert all(m.fresh and m.ballot == ballot(0, mesh.leader()) for m in journal)
+
+
+def test_an_acceptor_that_cannot_read_its_disk_answers_for_each_key_that_it_can() -> None:
+    def unreadable(first: str, last: str) -> bool:
+        raise DamagedData("a block of records")
+
+    mesh = Mesh()
+    acceptor = Acceptor(others(mesh)[0], View(mesh.chain), lambda key: None, unreadable)
+    run = Creates(RUN[0][:-8], ballot(0, mesh.leader()), (3, 4), (Value(FIRST, b"x"),) * 2)
+    assert [type(reply) for reply in acceptor.on_creates(run)] == [Accepted, Accepted]
+
+
+def test_a_run_that_nobody_answers_goes_on_as_one_accept_for_each_key_to_those_who_did_not() -> None:
+    mesh = Mesh(size=5)
+    leader = mesh.leader()
+    first, *rest = others(mesh)
+    mesh.submit_all(leader, *creates(*RUN))
+    mesh.deliver(to=first)
+    mesh.deliver(Created)
+    mesh.lose()
+    assert mesh.outcomes(leader) == []
+    mesh.at(1.0)
+    sent = [(to, m.key) for _, to, m in mesh.wire if isinstance(m, Accept) and m.fresh]
+    assert sorted(sent) == sorted((to, key) for to in rest for key in RUN)
+    mesh.deliver(to=rest[0])
+    mesh.deliver(Accepted)
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 3
+
+
+def test_a_run_past_its_deadline_is_unknown_and_may_still_happen(mesh: Mesh) -> None:
+    leader = mesh.leader()
+    mesh.submit_all(leader, *creates(*RUN), patience=0.2)
+    mesh.at(0.2)
+    assert [type(outcome) for outcome in mesh.outcomes(leader)] == [Unknown] * 3
+    assert mesh.proposers[leader].in_flight == 0
+    mesh.deliver(Creates)
+    mesh.deliver(Created)
+    assert mesh.outcomes(leader) == []
+    found = mesh.ask(leader, op(9, None, key=RUN[0]))
+    assert found == [Found(FIRST, b"0")]
+
+
+def test_a_later_operation_waits_behind_the_create_of_a_run(mesh: Mesh) -> None:
+    leader = mesh.leader()
+    mesh.submit_all(leader, *creates(*RUN))
+    mesh.submit(leader, op(9, FIRST, b"next", RUN[1]))
+    assert kinds_on_wire(mesh) == ["Creates"] * 2
+    mesh.deliver(Creates)
+    mesh.deliver(Created, sender=others(mesh)[0])
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 3
+    mesh.run()
+    assert mesh.outcomes(leader) == [Ok(FIRST + 1)]
+
+
+def test_an_answer_for_a_part_of_a_run_counts_for_that_part(mesh: Mesh) -> None:
+    leader = mesh.leader()
+    mesh.submit_all(leader, *creates(*RUN))
+    mesh.lose()
+    part = Created(RUN[0][:-8], ballot(0, leader), (3, 5))
+    mesh.proposers[leader].created(others(mesh)[0], part, 0.0)
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 2
+    assert mesh.proposers[leader].in_flight == 1
+
+
+def test_an_answer_to_a_run_of_another_ballot_or_from_outside_the_group_does_not_count(mesh: Mesh) -> None:
+    leader = mesh.leader()
+    mesh.submit_all(leader, *creates(*RUN))
+    stem, indexes = RUN[0][:-8], (3, 4, 5)
+    mesh.proposers[leader].created(others(mesh)[0], Created(stem, ballot(0, leader, boot=2), indexes), 0.0)
+    mesh.proposers[leader].created(NODES[6], Created(stem, ballot(0, leader), indexes), 0.0)
+    assert mesh.outcomes(leader) == []
+    mesh.run()
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 3
+
+
+def test_the_same_node_s_answer_to_a_run_counts_once() -> None:
+    mesh = Mesh(size=5)
+    leader = mesh.leader()
+    mesh.submit_all(leader, *creates(*RUN))
+    answer = Created(RUN[0][:-8], ballot(0, leader), (3, 4, 5))
+    for _ in range(3):
+        mesh.proposers[leader].created(others(mesh)[0], answer, 0.0)
+    assert mesh.outcomes(leader) == []
+    mesh.proposers[leader].created(others(mesh)[1], answer, 0.0)
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 3
+
+
+def test_a_late_answer_to_a_run_does_not_count_for_a_later_ballot() -> None:
+    mesh = Mesh(size=5)
+    leader = mesh.leader()
+    mesh.submit_all(leader, *creates(*RUN))
+    mesh.lose()
+    late = Created(RUN[0][:-8], ballot(0, leader), (3, 4, 5))
+    for node in others(mesh)[:2]:  # refused: these go on with phase 1, and get to phase 2
+        for key in RUN:
+            nack = Nack(key, ballot(0, leader), ballot(2, others(mesh)[0]), 1)
+            mesh.proposers[leader].receive(node, nack, 0.0)
+    mesh.at(0.0)
+    mesh.deliver(Prepare)
+    mesh.deliver(Promise)
+    assert "Accept" in kinds_on_wire(mesh)
+    for node in others(mesh):
+        mesh.proposers[leader].created(node, late, 0.0)
+    assert mesh.outcomes(leader) == []
+    mesh.run()
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 3
+
+
+def test_a_refusal_of_one_key_leaves_the_rest_of_a_run_as_they_are(mesh: Mesh) -> None:
+    leader, other = mesh.leader(), others(mesh)[0]
+    mesh.submit_all(leader, *creates(*RUN))
+    mesh.proposers[leader].receive(other, Nack(RUN[1], ballot(0, leader), ballot(3, other), 1), 0.0)
+    mesh.deliver(Creates)
+    mesh.deliver(Created, sender=other)
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 2
+    mesh.run()
+    assert mesh.outcomes(leader) == [Ok(FIRST)]
+
+
+def test_no_run_goes_on_in_another_epoch(mesh: Mesh) -> None:
+    leader = mesh.leader()
+    mesh.submit_all(leader, *creates(*RUN))
+    mesh.deliver(Creates)
+    newer = config(mesh.names, epoch=2)
+    for n in mesh.names:
+        mesh.views[n].adopt(newer)
+        mesh.proposers[n].on_epoch(0.0)
+    mesh.deliver(Created)
+    assert mesh.outcomes(leader) == []
+    mesh.run()
+    assert mesh.outcomes(leader) == [Ok(FIRST)] * 3
+    assert all(mesh.disks[leader][key].accepted.epoch == 2 for key in RUN)
+
+
+def test_a_run_has_no_more_registers_and_bytes_than_an_item_may_have(mesh: Mesh) -> None:
+    leader, stem = mesh.leader(), RUN[0][:-8]
+    turn = next(i for i in range(3) if mesh.leader(f"{stem}{128 * i:08d}") == leader)
+    many = [f"{stem}{i:08d}" for i in range(128 * turn, 128 * (turn + 1))]
+    many += [f"{stem}{i:08d}" for i in range(128 * (turn + 3), 128 * (turn + 5) - 64) if i // 128 == turn + 3]
+    many += [f"{stem}{i:08d}" for i in range(128 * (turn + 6), 128 * (turn + 6) + 64)]
+    data = b"x" * 3000
+    mesh.submit_all(leader, *[op(i + 1, 0, data, key) for i, key in enumerate(many)])
+    items = [m for _, to, m in mesh.wire if isinstance(m, Creates) and to == others(mesh)[0]]
+    assert sum(len(m.indexes) for m in items) == len(many) == 320
+    assert all(m.bulk <= ENVELOPE_BYTES for m in items)
+    mesh.wire = []
+    fresh = mesh_of_small_creates()
+    assert [len(m) for m in fresh] == [ENVELOPE_ITEMS, 64]
+
+
+def mesh_of_small_creates() -> list[tuple[int, ...]]:
+    """The indexes of each item in which 320 creates of one leader travel."""
+    mesh = Mesh(size=1)
+    seen: list[tuple[int, ...]] = []
+    acceptor = mesh.acceptors[NODES[0]]
+    create_all = acceptor.create_all
+
+    def watched(m: Creates) -> Created | None:
+        seen.append(m.indexes)
+        return create_all(m)
+
+    acceptor.create_all = watched  # type: ignore[method-assign]
+    keys = [f"{RUN[0][:-8]}{i:08d}" for i in range(320)]
+    mesh.submit_all(NODES[0], *[op(i + 1, 0, b"x", key) for i, key in enumerate(keys)])
+    assert mesh.outcomes(NODES[0]) == [Ok(FIRST)] * 320
+    return seen

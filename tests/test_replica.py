@@ -47,6 +47,9 @@ class Memory:
     def lookup(self, key: str) -> Record | None:
         return self.records.get(key)
 
+    def any_between(self, first: str, last: str) -> bool:
+        return any(first <= k <= last for k in self.records)
+
     def keys(self, after: str, limit: int) -> Sequence[str]:
         return sorted(k for k in self.records if k > after)[:limit]
 

@@ -78,6 +78,16 @@ CAUGHT: dict[str, tuple[str, int]] = {
     "B17-identity-outlives-the-votes": ("restored", 0),  # boot
     "B18-commits-are-dropped": ("lagging", 0),  # I1
     "B19-two-groups-in-one-epoch": ("recover", 0),  # I7
+    "run-overwrites": ("batches", 0),  # I8
+    "run-ignores-what-is-not-on-disk-yet": ("batches", 0),  # I8
+    "run-ignores-leader": ("batches", 1),  # I8
+    "run-of-first-leader": ("batches", 3),  # I8
+    "run-ignores-fence": ("batches-moving", 1),  # fence
+    "run-in-a-later-epoch": ("batches-moving", 3),  # I8
+    "run-leaves-own-disk-out": ("batches", 0),  # I8
+    "one-vote-less-for-a-run": ("batches", 0),  # I6
+    "dissolved-run-is-accepted": ("batches", 9),  # I6
+    "dissolved-run-has-another-value": ("batches", 1),  # I3
     "no-fence": ("lagging", 0),  # fence
     "unknown-epochs-are-answered": ("lagging", 0),  # fence
     "epochs-in-memory": ("lagging", 0),  # I1

@@ -339,3 +339,15 @@ def test_a_second_process_cannot_open_the_store(opened: Callable[..., VoteStore]
     store = opened()
     assert store.boot == boot + 1, "the refused process spent no boot"
     assert store.lookup(key_of(2)) == record_of(2)
+
+
+def test_whether_any_record_lies_between_two_keys_counts_both_ends(opened: Callable[..., VoteStore]) -> None:
+    votes = opened()
+    assert not votes.any_between(key_of(0), key_of(99))
+    votes.commit({key_of(10): record_of(10), key_of(30): record_of(30)})
+    assert votes.any_between(key_of(10), key_of(10))
+    assert votes.any_between(key_of(5), key_of(10))
+    assert votes.any_between(key_of(10), key_of(15))
+    assert votes.any_between(key_of(5), key_of(15))
+    assert not votes.any_between(key_of(11), key_of(29))
+    assert not votes.any_between(key_of(31), key_of(99))

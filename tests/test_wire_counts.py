@@ -51,8 +51,9 @@ class Tapped:
         async with asyncio.timeout(20):
             while True:
                 c = self.counts
-                asked = c["item.Accept"] + c["item.Prepare"] + c["item.Read"]
-                answered = c["item.Accepted"] + c["item.Promise"] + c["item.ReadReply"] + c["item.Nack"]
+                asked = sum(c[f"item.{kind}"] for kind in ("Accept", "Prepare", "Read", "Creates"))
+                answers = ("Accepted", "Promise", "ReadReply", "Nack", "Created")
+                answered = sum(c[f"item.{kind}"] for kind in answers)
                 if asked == answered:
                     return c["Envelope"]
                 await asyncio.sleep(0.02)

@@ -59,6 +59,9 @@ class Client:
             if world.ops_left > 0:
                 self.think()
             return
+        if p.batches and world.rng.random() < p.batches:
+            self._batch(node)
+            return
         fresh = p.uploads and world.rng.random() < p.uploads
         key = world.new_key(node) if fresh else world.rng.choice(world.keys)
         op = self._draw(key)
@@ -72,6 +75,31 @@ class Client:
                 if other.current is None:
                     there = node if world.rng.random() < p.same_node else world.some_node()
                     other.begin(other._draw(key), there if there is not None else node)
+
+    def _batch(self, node: Node) -> None:
+        """All clients that are idle create neighbouring chunks of one upload in one request, most often
+        through their leader: of a new upload, or of one of which some may be there already."""
+        world, p = self.world, self.world.profile
+        idle = [c for c in world.clients if c.current is None]
+        keys = world.new_upload(node, world.rng.randint(2, len(idle) + 2))
+        if world.rng.random() < p.rush:  # somebody else does something to one of them
+            rival = world.rng.choice(idle)
+            if rival is not self:
+                idle.remove(rival)
+                rival.begin(rival._draw(world.rng.choice(keys)), world.some_node())
+        again = [k for k in world.keys if k.startswith("chunk/")] if world.rng.random() < p.echo else keys
+        who = [
+            (c, c._op(key, 0, b"%d.%d" % (c.number, c._made)))
+            for c, key in zip(idle, world.rng.sample(again, min(len(idle), len(again))), strict=False)
+        ]
+        first = leader(world.watcher.chain.get(key_epoch(who[0][1].key), GENESIS), who[0][1].key)
+        there = world.node(first) if first and world.rng.random() < p.through_leader else None
+        node = there if there is not None and there.serves else node
+        patience = 0.0
+        for client, op in who:
+            client.epoch = max(client.epoch, node.replica.view.epoch)
+            patience = client._start(op)
+        world.submit_all(who, node, patience * world.rng.uniform(0.5, 1.5))
 
     def _draw(self, key: str) -> Op:
         """An operation on `key` that makes some sense to this client."""
@@ -95,12 +123,17 @@ class Client:
     # -- tries ------------------------------------------------------------------------------------
 
     def begin(self, op: Op, node: Node | None) -> None:
+        patience = self._start(op)
+        self._hand_to(node, op, patience)
+
+    def _start(self, op: Op) -> float:
+        """Waits for an outcome of it from now on; the patience of the first try."""
         self.world.ops_left -= 1
         self.current = op
         self._tries = 0
         if self.world.healed:
             self._expect_end(op)
-        self._try(node)
+        return self._wait()
 
     def _expect_end(self, op: Op) -> None:
         self.world.at(self.world.now + LIVENESS, self._check_end, op)
@@ -111,11 +144,20 @@ class Client:
 
     def _try(self, node: Node | None) -> None:
         """Through `node`; the next try goes to any other node, while this one may still go on."""
-        world, op = self.world, self.current
+        op = self.current
         assert op is not None
+        self._hand_to(node, op, self._wait())
+
+    def _wait(self) -> float:
+        """Begins another try; how long it is waited for."""
+        world, op = self.world, self.current
         self._tries += 1
         patience = world.rng.expovariate(1 / world.profile.patience) + 0.05 if not world.healed else 15.0
         world.at(world.now + patience, self._on_patience_end, op, self._tries)
+        return patience
+
+    def _hand_to(self, node: Node | None, op: Op, patience: float) -> None:
+        world = self.world
         if node is not None:
             self.epoch = max(self.epoch, node.replica.view.epoch)
             world.submit(self, node, op, patience * world.rng.uniform(0.5, 1.5))

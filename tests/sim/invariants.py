@@ -40,6 +40,8 @@ from vstack.mesh.messages import (
     Accept,
     Accepted,
     Ballot,
+    Created,
+    Creates,
     Found,
     Mismatch,
     Nack,
@@ -87,6 +89,19 @@ class WatchedAcceptor(Acceptor):
         if reply is not None:
             self.log.append(Vote(m, reply, before))
         return reply
+
+    def create_all(self, m: Creates) -> Created | None:
+        accepts = m.accepts()
+        before = [self._lenient(accept.key) for accept in accepts]
+        created = super().create_all(m)
+        if created is not None and created != Created(m.stem, m.ballot, m.indexes):
+            raise Violation(f"run {m.key}: {created} answers {m}")
+        if created is not None:
+            self.log += [
+                Vote(accept, Accepted(accept.key, accept.ballot), old)
+                for accept, old in zip(accepts, before, strict=True)
+            ]
+        return created
 
     def _lenient(self, key: str) -> Record:
         try:
@@ -343,6 +358,10 @@ class Watcher:
 
     def sent(self, node: NodeId, to: NodeId, m: object) -> None:
         """A message leaves `node`; everything that it had to make durable is on its disk."""
+        if isinstance(m, Creates):
+            for accept in m.accepts():
+                self.sent(node, to, accept)
+            return
         if not isinstance(m, Prepare | Accept | Read) or self._ignored(m.key) or node in self.void:
             return
         if m.key.startswith(CONFIG_KEY):

@@ -15,7 +15,17 @@ import msgspec
 
 from vstack.errors import DamagedData
 from vstack.mesh.changes import ChangeRefused, MeshChange, successor
-from vstack.mesh.config import CONFIG_KEY, Config, Era, NodeId, View, key_epoch, unpack_config
+from vstack.mesh.config import (
+    CHUNKS_A_TURN,
+    CONFIG_KEY,
+    Config,
+    Era,
+    NodeId,
+    Place,
+    View,
+    key_epoch,
+    unpack_config,
+)
 from vstack.mesh.forming import Forming
 from vstack.mesh.messages import (
     ABSENT,
@@ -23,6 +33,7 @@ from vstack.mesh.messages import (
     ZERO,
     Accept,
     Accepted,
+    Creates,
     Found,
     Mismatch,
     Nack,
@@ -41,7 +52,7 @@ from vstack.mesh.messages import (
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.paxos.change import apply
 from vstack.mesh.paxos.decree import Decree, Rounds
-from vstack.mesh.paxos.proposer import Attempt, KeyState, Phase, Proposer, Timing, Waiting
+from vstack.mesh.paxos.proposer import Attempt, KeyState, Phase, Proposer, Run, Timing, Waiting
 from vstack.mesh.paxos.replica import Replica
 
 
@@ -362,6 +373,91 @@ class RestartForgetsRoundZero(Proposer):
         return self.view.leader(key) == self.me and op.expect == 0 and op.data is not None
 
 
+# -- runs of fast creates ---------------------------------------------------------------------------
+
+
+class RunOverwrites(Acceptor):
+    def _all_absent(self, keys: list[str]) -> bool:
+        return True
+
+
+class RunIgnoresWhatIsNotOnDiskYet(Acceptor):
+    """Looks at the disk only, and not at what this very batch has changed."""
+
+    def _all_absent(self, keys: list[str]) -> bool:
+        return not self._any_between(keys[0], keys[-1])
+
+
+class RunIgnoresLeader(Acceptor):
+    def _may_create_all(self, m: Creates) -> bool:
+        place = self.view.place(m.key)
+        return m.ballot.epoch == self.view.epoch == place.epoch and self.me in place.everyone
+
+
+class EveryoneRuns(Proposer):
+    def _may_create_all(self, place: Place, indexes: tuple[int, ...]) -> bool:
+        return place.epoch == self.view.epoch
+
+
+class RunOfFirstLeader(Proposer):
+    """Takes the leader of the first chunk for that of all."""
+
+    def _may_create_all(self, place: Place, indexes: tuple[int, ...]) -> bool:
+        return super()._may_create_all(place, indexes[:1])
+
+
+class RunIgnoresFence(Acceptor):
+    def _may_create_all(self, m: Creates) -> bool:
+        place = self.view.place(m.key)
+        return m.ballot.epoch == place.epoch and self.me in place.everyone
+
+
+class RunInAnyEpoch(Acceptor):
+    def _may_create_all(self, m: Creates) -> bool:
+        place = self.view.place(m.key)
+        return m.ballot.epoch == self.view.epoch and self.me in place.everyone
+
+
+class RunsLate(Proposer):
+    """The leader of the keys' epoch creates them in a later one."""
+
+    def _may_create_all(self, place: Place, indexes: tuple[int, ...]) -> bool:
+        turns = {i // CHUNKS_A_TURN for i in indexes}
+        mine = all(place.leader_of_turn(turn) == self.me for turn in turns)
+        return mine and place.epoch <= self.view.epoch and self.me in place.group
+
+
+class RunLeavesOwnDiskOut(Proposer):
+    def _is_on_own_disk(self, m: Creates) -> bool:
+        return True
+
+
+class OneVoteLessForARun(Proposer):
+    def _end_run_if_chosen(self, run: Run) -> None:
+        run.accepted.add("nobody")
+        super()._end_run_if_chosen(run)
+
+
+class DissolvedIsAccepted(Proposer):
+    """When a run comes to nothing, all to whom it was sent count as having accepted it."""
+
+    def _dissolve(self, run: Run, now: float) -> list[Attempt]:
+        run.accepted |= set(self.view.group(run.sent.key))
+        return super()._dissolve(run, now)
+
+
+class DissolvedWithAnotherValue(Proposer):
+    """What waits behind a run that comes to nothing joins its ballot."""
+
+    def _dissolve(self, run: Run, now: float) -> list[Attempt]:
+        attempts = super()._dissolve(run, now)
+        for attempt in attempts:
+            op = attempt.waiting[0].op
+            again = msgspec.structs.replace(op, expect=attempt.value.version, id=op.id[::-1])
+            attempt.value, _ = apply(again, attempt.value, attempt.ballot.epoch)
+        return attempts
+
+
 # -- epochs: acceptors and proposers ------------------------------------------------------------------
 
 
@@ -535,7 +631,11 @@ class PrefersItself(Replica):
 
 
 class AnswersUnknownEpochs(Replica):
-    def _on_request(self, reply_to: Hashable, sender: NodeId, m: Request, now: float) -> None:
+    def _on_request(self, reply_to: Hashable, sender: NodeId, m: Request | Creates, now: float) -> None:
+        for request in m.accepts() if isinstance(m, Creates) else [m]:
+            self._answer(reply_to, request)
+
+    def _answer(self, reply_to: Hashable, m: Request) -> None:
         reply = self.acceptor.receive(m)
         if reply is not None:
             self.replies.append((reply_to, reply))
@@ -737,6 +837,16 @@ MUTANTS = {
         Variant("B17-identity-outlives-the-votes", wiped_keeps_name=True),
         Variant("B18-commits-are-dropped", drops_commits=0.02),
         Variant("B19-two-groups-in-one-epoch", replica=PrefersItself),
+        Variant("run-overwrites", RunOverwrites),
+        Variant("run-ignores-what-is-not-on-disk-yet", RunIgnoresWhatIsNotOnDiskYet),
+        Variant("run-ignores-leader", RunIgnoresLeader, EveryoneRuns),
+        Variant("run-of-first-leader", RunIgnoresLeader, RunOfFirstLeader),
+        Variant("run-ignores-fence", RunIgnoresFence),
+        Variant("run-in-a-later-epoch", RunInAnyEpoch, RunsLate),
+        Variant("run-leaves-own-disk-out", proposer=RunLeavesOwnDiskOut),
+        Variant("one-vote-less-for-a-run", proposer=OneVoteLessForARun),
+        Variant("dissolved-run-is-accepted", proposer=DissolvedIsAccepted),
+        Variant("dissolved-run-has-another-value", proposer=DissolvedWithAnotherValue),
         Variant("no-fence", NoFence),
         Variant("unknown-epochs-are-answered", VotesInAnyEpoch, replica=AnswersUnknownEpochs),
         Variant("epochs-in-memory", adopts_in_memory=True),

@@ -25,6 +25,7 @@ from vstack.mesh.messages import (
     PROTOCOL_VERSION,
     AnyItem,
     Chain,
+    Created,
     GetConfig,
     Hello,
     Nack,
@@ -86,7 +87,7 @@ class Batch:
     records: dict[str, Record]
     log: list[Vote]
     messages: list[tuple[NodeId, Message]]
-    replies: list[tuple[NodeId, Reply]]
+    replies: list[tuple[NodeId, Reply | Created]]
     done: list[tuple[Any, Outcome]]
     stored: bool = False
 
@@ -135,7 +136,7 @@ class Node:
         self.acceptor = acceptor
         self.acceptor.log = []
         self.replica.proposer.is_live = self._is_live
-        self.replies: list[tuple[NodeId, Reply]] = []
+        self.replies: list[tuple[NodeId, Reply | Created]] = []
         self.messages: list[tuple[NodeId, Message]] = []
         self.in_flight: Batch | None = None
         self.wake_at = float("inf")
@@ -184,6 +185,10 @@ class Node:
             return self.in_flight.records[key]
         return self.disk.records.get(key)
 
+    def any_between(self, first: str, last: str) -> bool:
+        writing = self.in_flight.records if self.in_flight is not None else {}
+        return any(first <= k <= last for known in (self.disk.records, writing) for k in known)
+
     def keys(self, after: str, limit: int) -> Sequence[str]:
         known = sorted(k for k in self.disk.records if k > after)
         return known[: min(limit, self.world.variant.keys_listed)]
@@ -231,6 +236,10 @@ class Node:
 
     def submit(self, op: Op, deadline: float, tag: Any) -> None:
         self.replica.proposer.submit(op, self.world.now, deadline, tag)
+        self.settle()
+
+    def submit_all(self, ops: Sequence[Op], deadline: float, tags: Sequence[Any]) -> None:
+        self.replica.proposer.submit_all(ops, self.world.now, deadline, tags)
         self.settle()
 
     def propose(

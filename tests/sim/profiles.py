@@ -92,6 +92,8 @@ class Profile:
     """A node is down for a long time."""
     absence: float = 2.5
     """Mean length of it."""
+    batches: float = 0.0
+    """All clients that are idle create neighbouring chunks in one request."""
     uploads: float = 0.0
     """A client's operation is on a register of a new upload, in the epoch that its node knows."""
     forming: bool = False
@@ -134,6 +136,23 @@ PROFILES: dict[str, Profile] = {
         patience=0.2,
     ),
 }
+PROFILES["batches"] = replace(
+    _STORMY,
+    batches=0.5,
+    clients=6,
+    ops=80,
+    videos=2,
+    chunks=2,
+    through_leader=0.9,
+    rush=0.3,
+    patience=1.5,
+    crashes=1.0,
+    partitions=0.4,
+    cuts=0.5,
+    damage=0.3,
+    sync=0.02,
+    echo=0.4,
+)
 _MOVING = replace(
     _STORMY,
     gossip=0.15,
@@ -176,6 +195,9 @@ CHANGING: dict[str, Profile] = {
         losses=0.3,
         crashes=1.0,
         horizon=8.0,
+    ),
+    "batches-moving": replace(
+        _MOVING, batches=0.5, clients=6, ops=80, through_leader=0.9, patience=1.5, absences=0.4
     ),
     "recover": replace(_MOVING, sizes=(3, 4, 5, 7), disaster=True, changes=0.5, losses=0.0),
 }

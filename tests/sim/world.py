@@ -22,7 +22,7 @@ from tests.sim.mutants import REAL, Variant
 from tests.sim.node import Message, Node
 from tests.sim.profiles import draw
 from vstack.mesh.changes import forced
-from vstack.mesh.config import Config, Member, NodeId, key_subject
+from vstack.mesh.config import CHUNKS_A_TURN, INDEX_DIGITS, Config, Member, NodeId, key_subject
 from vstack.mesh.messages import Failure, MeshChanged, Op, Outcome
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.paxos.proposer import Proposer, Timing
@@ -126,7 +126,7 @@ class World:
 
         class Simulated(variant.replica):  # type: ignore[name-defined,misc]
             def make_acceptor(self, storage: Storage) -> Acceptor:
-                return watched(self.me, self.view, storage.lookup)
+                return watched(self.me, self.view, storage.lookup, storage.any_between)
 
             def make_proposer(self, rng: Random, timing: Timing | None) -> Proposer:
                 return variant.proposer(self.me, self.boot, self.view, self.acceptor, rng, timing)
@@ -159,6 +159,16 @@ class World:
         key = f"chunk/{video}/{epoch}.{(epoch << 20) + self._uploads}/{self.rng.choice((0, 128)):08d}"
         self.keys.append(key)
         return key
+
+    def new_upload(self, node: Node, count: int) -> list[str]:
+        """Neighbouring chunks of an upload that is opened in the epoch that `node` knows. Some uploads
+        cross from one leader to the next."""
+        first = self.new_key(node)
+        self.keys.pop()
+        stem, start = first[:-INDEX_DIGITS], self.rng.choice((0, 0, 1, CHUNKS_A_TURN - 2))
+        keys = [f"{stem}{start + i:0{INDEX_DIGITS}d}" for i in range(count)]
+        self.keys += keys
+        return keys
 
     # -- time -------------------------------------------------------------------------------------
 
@@ -221,12 +231,21 @@ class World:
 
     def submit(self, client: Client, node: Node, op: Op, patience: float) -> Try:
         """Hands one try of an operation to a live node."""
+        attempt = self._tried(node, op)
+        node.submit(op, self.now + patience, (client, attempt))
+        return attempt
+
+    def submit_all(self, who: Sequence[tuple[Client, Op]], node: Node, patience: float) -> None:
+        """Hands operations of several clients to a live node in one request."""
+        tags = [(client, self._tried(node, op)) for client, op in who]
+        node.submit_all([op for _, op in who], self.now + patience, tags)
+
+    def _tried(self, node: Node, op: Op) -> Try:
         attempt = Try(op, self.ordinal())
         self.history.setdefault(op.key, []).append(attempt)
         self.watcher.born.setdefault(op.id, op.born)
         self.figures.operations += 1
         self.note("submit", node.name, op)
-        node.submit(op, self.now + patience, (client, attempt))
         return attempt
 
     def told(self, tag: tuple[Client, Try], outcome: Outcome) -> None:

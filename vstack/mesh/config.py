@@ -23,6 +23,9 @@ HASH_VERSION = 1
 INDEX_DIGITS = 8
 """Of a chunk's index at the end of its key."""
 
+CHUNKS_A_TURN = 128
+"""Neighbouring chunks that share a leader."""
+
 CONFIG_KEY = "config/"
 """Keys below this prefix decide configurations. They live outside the epoch fence."""
 
@@ -169,10 +172,14 @@ class Place:
     everyone: tuple[NodeId, ...]
     """The acceptors of all eras."""
     leaders: tuple[NodeId, ...]
-    """In turns, each for 128 chunks; empty for keys that have no leader."""
+    """In turns, each for CHUNKS_A_TURN chunks; empty for keys that have no leader."""
 
     def leader(self, key: str) -> NodeId | None:
-        return self.leaders[int(key[-INDEX_DIGITS:]) // 128 % len(self.leaders)] if self.leaders else None
+        return self.leader_of_turn(int(key[-INDEX_DIGITS:]) // CHUNKS_A_TURN) if self.leaders else None
+
+    def leader_of_turn(self, turn: int) -> NodeId | None:
+        """`turn`: a chunk's index divided by CHUNKS_A_TURN."""
+        return self.leaders[turn % len(self.leaders)] if self.leaders else None
 
 
 class View:
@@ -288,7 +295,7 @@ class View:
         """The implicit leader of a chunk register, or None for keys that have none.
 
         A right to one fast create, and otherwise only a hint where to send a request first.
-        128 neighbouring chunks share one, so that their creates share envelopes.
+        CHUNKS_A_TURN neighbouring chunks share one, so that their creates share envelopes.
         """
         return self.place(key).leader(key)
 
@@ -296,7 +303,9 @@ class View:
 def same_leader(key: str) -> str | tuple[str, int]:
     """Equal for keys that have the same leader and group in every configuration, because they are
     neighbouring chunks of one upload."""
-    return (key[:-INDEX_DIGITS], int(key[-INDEX_DIGITS:]) // 128) if key.startswith("chunk/") else key
+    return (
+        (key[:-INDEX_DIGITS], int(key[-INDEX_DIGITS:]) // CHUNKS_A_TURN) if key.startswith("chunk/") else key
+    )
 
 
 def leader(config: Config, key: str) -> NodeId | None:
@@ -305,4 +314,4 @@ def leader(config: Config, key: str) -> NodeId | None:
         return None
     _, video, _, index = key.split("/")
     acceptors = group(config, video)
-    return acceptors[(_score(video, "leader") + int(index) // 128) % len(acceptors)]
+    return acceptors[(_score(video, "leader") + int(index) // CHUNKS_A_TURN) % len(acceptors)]

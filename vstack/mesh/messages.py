@@ -14,13 +14,14 @@ Decoding is strict: unknown tags, wrong types, and values over their bound raise
 from __future__ import annotations
 
 from enum import IntEnum
+from itertools import pairwise
 from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from vstack.mesh.changes import MeshChange
-from vstack.mesh.config import Config, Member, PublicKey
+from vstack.mesh.config import INDEX_DIGITS, Config, Member, PublicKey
 from vstack.mesh.registers import MAX_RECORD
 
 PROTOCOL_VERSION = 1
@@ -209,9 +210,67 @@ class Told(Item, frozen=True, tag=9):
     outcome: Outcome
 
 
+Indexes = Annotated[
+    tuple[Annotated[int, Meta(ge=0, lt=10**INDEX_DIGITS)], ...],
+    Meta(min_length=1, max_length=ENVELOPE_ITEMS),
+]
+
+
+class Neighbours(msgspec.Struct, frozen=True, array_like=True):
+    """Base of items about several chunk registers of one upload: `stem` and an index is a key."""
+
+    stem: Annotated[str, Meta(max_length=200, pattern=r"^chunk/[0-9a-f]{64}/[0-9]{1,10}\.[0-9]{1,19}/\Z")]
+    ballot: Ballot
+    indexes: Indexes
+    """In order, none of them twice."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which decoding makes a ValidationError."""
+        if any(a >= b for a, b in pairwise(self.indexes)):
+            raise ValueError("indexes out of order")
+
+    @property
+    def key(self) -> str:
+        """The first register's."""
+        return f"{self.stem}{self.indexes[0]:0{INDEX_DIGITS}d}"
+
+    def keys(self) -> list[str]:
+        stem = self.stem
+        return [f"{stem}{i:0{INDEX_DIGITS}d}" for i in self.indexes]
+
+
+class Creates(Neighbours, frozen=True, tag=10):
+    """Exactly the fresh `Accept`s of one ballot for each of the keys, in one item."""
+
+    values: Annotated[tuple[Value, ...], Meta(max_length=ENVELOPE_ITEMS)]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.values) != len(self.indexes):
+            raise ValueError("as many values as indexes are needed")
+        if self.bulk > ENVELOPE_BYTES:
+            raise ValueError(f"more than {ENVELOPE_BYTES} bytes of values")
+
+    @property
+    def bulk(self) -> int:
+        """Bytes of all values' data."""
+        return sum([len(v.data) for v in self.values if v.data is not None])
+
+    def accepts(self) -> list[Accept]:
+        return [Accept(k, self.ballot, v, True) for k, v in zip(self.keys(), self.values, strict=True)]
+
+
+class Created(Neighbours, frozen=True, tag=11):
+    """Exactly the `Accepted`s of one ballot for each of the keys, in one item."""
+
+    def accepteds(self) -> list[Accepted]:
+        return [Accepted(k, self.ballot) for k in self.keys()]
+
+
 Request = Prepare | Accept | Read
+"""About one register."""
 Reply = Promise | Accepted | ReadReply | Nack
-AnyItem = Prepare | Promise | Accept | Accepted | Read | ReadReply | Nack | Forward | Told
+AnyItem = Prepare | Promise | Accept | Accepted | Read | ReadReply | Nack | Forward | Told | Creates | Created
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, tag=1):

@@ -36,6 +36,7 @@ from vstack.mesh.messages import (
     Body,
     Chain,
     ChangeMesh,
+    Creates,
     Envelope,
     Failure,
     ForceConfig,
@@ -451,8 +452,8 @@ class Node:
                 self._reply(request, Failure("epoch", text))
                 return
         batch = Batch(request, [None] * len(submit.ops), len(submit.ops))
-        for i, op in enumerate(submit.ops):
-            self.proposer.submit(op, now, request.deadline, (batch, i))
+        tags = [(batch, i) for i in range(len(submit.ops))]
+        self.proposer.submit_all(submit.ops, now, request.deadline, tags)
 
     def _on_viewed(self, request: Incoming, m: Viewed, now: float) -> None:
         if self._stopping or not self._views.note(m.video, m.id, int(time() // DAY), now):
@@ -617,6 +618,8 @@ def envelopes(items: list[AnyItem]) -> list[Envelope]:
         bulk = 400
         if isinstance(item, (Accept, Promise, ReadReply)) and item.value.data is not None:
             bulk += len(item.value.data)
+        elif isinstance(item, Creates):
+            bulk += item.bulk
         if now and (len(now) == ENVELOPE_ITEMS or size + bulk > ENVELOPE_BYTES):
             out.append(Envelope(tuple(now)))
             now, size = [], 0

@@ -161,6 +161,14 @@ class VoteStore:
         body = self._get(_row(key))
         return None if body is None else _decode_record(key, body)
 
+    def any_between(self, first: str, last: str) -> bool:
+        """Whether there is a record, readable or not, with a key from `first` to `last`, both included.
+
+        Raises DamagedData where RocksDB cannot read on.
+        """
+        cursor = next(self._walk(b"r/", _row(first)), None)
+        return cursor is not None and bytes(cursor.key()) <= _row(last)
+
     def commit(self, records: Mapping[str, Record]) -> None:
         """On disk, all of them, when this returns. Raises VoteCommitFailed."""
         batch = WriteBatch(raw_mode=True)

@@ -18,12 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vstack.errors import DamagedData
-from vstack.mesh.config import CONFIG_KEY, NodeId, View, key_epoch
+from vstack.mesh.config import CHUNKS_A_TURN, CONFIG_KEY, NodeId, View, key_epoch
 from vstack.mesh.messages import (
     EMPTY,
     Accept,
     Accepted,
     Ballot,
+    Created,
+    Creates,
     Nack,
     Prepare,
     Promise,
@@ -36,15 +38,26 @@ from vstack.mesh.messages import (
 
 Lookup = Callable[[str], Record | None]
 """What is on disk for a key; None if absent. Raises DamagedData if it cannot be read."""
+AnyBetween = Callable[[str, str], bool]
+"""Whether any record may be on disk with a key from the first to the last, both included. May raise
+DamagedData."""
 
 
 class Acceptor:
     """Pure: the caller makes `dirty` durable before it sends a reply."""
 
-    def __init__(self, me: NodeId, view: View, lookup: Lookup) -> None:
+    def __init__(
+        self,
+        me: NodeId,
+        view: View,
+        lookup: Lookup,
+        any_between: AnyBetween = lambda first, last: True,
+    ) -> None:
+        """Without `any_between`, each register is looked up by itself."""
         self.me = me
         self.view = view
         self._lookup = lookup
+        self._any_between = any_between
         self.dirty: dict[str, Record] = {}
         """Records changed since the last commit. The caller empties it with `committed`."""
         self.epoch_wanted = 0
@@ -128,6 +141,44 @@ class Acceptor:
         """The reply names this node's epoch: a reader of an older one learns of it and starts again."""
         record = self.record(m.key)
         return ReadReply(m.key, m.token, self.view.epoch, record.accepted, record.value)
+
+    def on_creates(self, m: Creates) -> list[Reply | Created]:
+        """As `receive` of each of its Accepts, in order; one reply where all of them are accepted."""
+        created = self.create_all(m)
+        if created is not None:
+            return [created]
+        return [reply for accept in m.accepts() if (reply := self.receive(accept)) is not None]
+
+    def create_all(self, m: Creates) -> Created | None:
+        """Accepts all of them if each would be accepted on an absent record; otherwise changes nothing."""
+        keys = m.keys()
+        if not self._may_create_all(m) or not self._all_absent(keys):
+            return None
+        ballot = m.ballot
+        self.dirty.update(
+            {key: Record(ballot, ballot, value) for key, value in zip(keys, m.values, strict=True)}
+        )
+        if self.journal is not None:
+            self.journal += m.accepts()
+        return Created(m.stem, ballot, m.indexes)
+
+    def _may_create_all(self, m: Creates) -> bool:
+        """What `receive`, `on_accept` and `_may_create` ask of each of its Accepts."""
+        place, ballot = self.view.place(m.key), m.ballot
+        turns = {i // CHUNKS_A_TURN for i in m.indexes}
+        return (
+            ballot.epoch == self.view.epoch == place.epoch
+            and ballot.round == 0
+            and self.me in place.everyone
+            and all(ballot.node == place.leader_of_turn(turn) for turn in turns)
+        )
+
+    def _all_absent(self, keys: list[str]) -> bool:
+        """`keys` in order."""
+        try:
+            return self.dirty.keys().isdisjoint(keys) and not self._any_between(keys[0], keys[-1])
+        except DamagedData:
+            return False
 
     def _may_create(self, m: Accept) -> bool:
         place = self.view.place(m.key)

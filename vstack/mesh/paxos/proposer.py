@@ -5,10 +5,13 @@ operations that waited when it began. An attempt lives and dies in one epoch, an
 never used for two values (I3): rounds come from one counter of this process, and the ballot's
 owner names the process's boot.
 
-Three ways through:
+Ways through:
 
   fast create   the implicit leader of a chunk, on an absent record of its own, in the key's own
                 epoch: accept on the own disk, then Accept(fresh) to the rest. One round trip.
+  run           fast creates that are submitted together, of neighbouring chunks: the same messages for
+                all of them in one item (`Creates`, `Created`), while nothing happens to any of them.
+                Whatever else happens dissolves it into one attempt for each, which go on from there.
   quorum read   only reads wait: Read to the group; a majority with one ballot is the answer.
   full way      Prepare to the groups of all live eras, then Accept to the newest.
 
@@ -24,20 +27,24 @@ the operations are handed to it (`Forward`), with the same ids, and come back as
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
 from random import Random
 
 from vstack.errors import DamagedData
-from vstack.mesh.config import NodeId, View, key_epoch
+from vstack.mesh.config import CHUNKS_A_TURN, INDEX_DIGITS, NodeId, Place, View, key_epoch
 from vstack.mesh.messages import (
     ABSENT,
     EMPTY,
+    ENVELOPE_BYTES,
+    ENVELOPE_ITEMS,
     Accept,
     Accepted,
     Ballot,
+    Created,
+    Creates,
     Forward,
     Found,
     Nack,
@@ -112,6 +119,21 @@ class Attempt:
 
 
 @dataclass(slots=True, eq=False)
+class Run:
+    """Fast creates under way together. Its keys have no KeyState."""
+
+    sent: Creates
+    keys: list[str]
+    waiting: list[Waiting]
+    outcomes: list[Outcome]
+    """In the order of the keys, as are `waiting` and the values."""
+    began: float
+    until: float
+    """When it is not waited for any longer."""
+    accepted: set[NodeId] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
 class KeyState:
     queue: list[Waiting] = field(default_factory=list)
     attempt: Attempt | None = None
@@ -139,7 +161,7 @@ class Proposer:
         self.view = view
         self.acceptor = acceptor
         self.timing = timing or Timing()
-        self.outbox: list[tuple[NodeId, Request | Forward]] = []
+        self.outbox: list[tuple[NodeId, Request | Forward | Creates]] = []
         """Requests to other nodes. The caller empties it."""
         self.is_live: Callable[[NodeId], bool] = lambda node: True
         """Whether a rival is worth forwarding to. Carries no safety."""
@@ -155,6 +177,8 @@ class Proposer:
         self._tokens = count((boot << 40) + 1)
         """Never the token of an earlier process of this node: its replies may still be on their way."""
         self._keys: dict[str, KeyState] = {}
+        self._runs: dict[str, Run] = {}
+        """By each of their keys."""
         self._due: dict[float, list[tuple[str, Attempt | None]]] = {}
         """What is to be looked at, by when: the operations of a batch have their times in common."""
         self._timers: list[float] = []
@@ -176,6 +200,9 @@ class Proposer:
 
         `full_way`: a quick read would find nothing settled, so do not try one.
         """
+        run = self._runs.get(op.key)
+        if run is not None:
+            self._dissolve(run, now)  # it waits for the attempt, as any later operation does
         state = self._keys.setdefault(op.key, KeyState())
         state.full_way |= full_way
         state.queue.append(Waiting(op, tag, deadline, forwarded))
@@ -184,9 +211,45 @@ class Proposer:
         if state.attempt is None and state.paused_until <= now:
             self._start(op.key, state, now)
 
+    def submit_all(self, ops: Sequence[Op], now: float, deadline: float, tags: Sequence[Hashable]) -> None:
+        """As `submit` of each. Creates of neighbouring chunks go together where they can."""
+        if len(ops) == 1:
+            self.submit(ops[0], now, deadline, tags[0])
+            return
+        together: dict[str, dict[str, Waiting]] = {}
+        alone: list[Waiting] = []
+        base = self.view.base
+        for op, tag in zip(ops, tags, strict=True):
+            w, key = Waiting(op, tag, deadline), op.key
+            is_create = op.expect == 0 and op.data is not None and key.startswith("chunk/")
+            if is_create and op.born >= base and key not in self._keys and key not in self._runs:
+                neighbours = together.setdefault(key[:-INDEX_DIGITS], {})
+                if key not in neighbours:
+                    neighbours[key] = w
+                    continue
+            alone.append(w)
+        for stem, neighbours in together.items():
+            for part in _parts(sorted(neighbours.values(), key=_key_of)):
+                if not self._begin_run(stem, part, now):
+                    alone += part
+        for w in alone:
+            self.submit(w.op, now, deadline, w.tag)
+
     def receive(self, sender: NodeId, m: Reply, now: float) -> None:
         """One reply of an acceptor. What does not match the current attempt is dropped (bug B6)."""
         self._receive(sender, m, now)
+        self._drain()
+
+    def created(self, sender: NodeId, m: Created, now: float) -> None:
+        """The same, for all of its keys."""
+        run = self._runs.get(m.key)
+        if run is not None and self._is_whole(run, m):
+            if sender in self.view.group(m.key):
+                run.accepted.add(sender)
+                self._end_run_if_chosen(run)
+        else:
+            for accepted in m.accepteds():
+                self._receive(sender, accepted, now)
         self._drain()
 
     def told(self, m: Told) -> None:
@@ -211,6 +274,8 @@ class Proposer:
 
     def on_epoch(self, now: float) -> None:
         """The view has a newer epoch: no attempt of an older one goes on (I9)."""
+        for run in dict.fromkeys(self._runs.values()):
+            self._dissolve(run, now)
         for key, state in self._keys.items():
             if state.attempt is not None:
                 state.queue[:0] = [w for w in state.attempt.waiting if not w.done]
@@ -225,6 +290,9 @@ class Proposer:
         """Does everything that is due at `now`."""
         while self._timers and self._timers[0] <= now:
             for key, attempt in self._due.pop(heapq.heappop(self._timers)):
+                run = self._runs.get(key)
+                if run is not None and run.until <= now:
+                    self._on_silent_run(run, now)
                 state = self._keys.get(key)
                 if state is not None:
                     self._on_timer(key, state, attempt, now)
@@ -241,6 +309,81 @@ class Proposer:
     def next_wake(self) -> float | None:
         """When `tick` has something to do next."""
         return self._timers[0] if self._timers else None
+
+    # -- runs -------------------------------------------------------------------------------------
+
+    def _begin_run(self, stem: str, creates: list[Waiting], now: float) -> bool:
+        """False, and nothing has happened, if these must go one by one. In order of their keys."""
+        keys = [w.op.key for w in creates]
+        place, epoch = self.view.place(keys[0]), self.view.epoch
+        indexes = tuple([int(key[-INDEX_DIGITS:]) for key in keys])
+        if len(creates) == 1 or not self._may_create_all(place, indexes):
+            return False
+        values: list[Value] = []
+        outcomes: list[Outcome] = []
+        for w in creates:
+            value, outcome = apply(w.op, ABSENT, epoch)
+            values.append(value)
+            outcomes.append(outcome)
+        m = Creates(stem, Ballot(epoch, 0, self.me, self.boot), indexes, tuple(values))
+        if not self._is_on_own_disk(m):
+            return False
+        run = Run(m, keys, creates, outcomes, now, min(creates[0].deadline, now + self._patience(KeyState())))
+        run.accepted.add(self.me)
+        self._runs.update(dict.fromkeys(keys, run))
+        self.in_flight += len(keys)
+        self.counters["fast"] += len(keys)
+        self.counters["to_self"] += 2
+        self._at(run.until, keys[0], None)
+        self.outbox.extend((node, m) for node in place.group if node != self.me)
+        self._end_run_if_chosen(run)
+        return True
+
+    def _may_create_all(self, place: Place, indexes: tuple[int, ...]) -> bool:
+        """The right to round 0 of each; what the own disk says of it is asked by `_is_on_own_disk`."""
+        turns = {i // CHUNKS_A_TURN for i in indexes}
+        return place.epoch == self.view.epoch and all(place.leader_of_turn(turn) == self.me for turn in turns)
+
+    def _is_on_own_disk(self, m: Creates) -> bool:
+        """The own vote is part of the same commit that the outbox waits for. None of the own records may
+        be there before: round 0 is spent only where the own disk remembers it."""
+        return self.acceptor.create_all(m) is not None
+
+    def _is_whole(self, run: Run, m: Created) -> bool:
+        """Whether `m` accepts all of `run`, in the epoch of which this node is."""
+        sent = run.sent
+        return m.ballot == sent.ballot and m.indexes == sent.indexes and m.ballot.epoch == self.view.epoch
+
+    def _end_run_if_chosen(self, run: Run) -> None:
+        if len(run.accepted) < self.view.place(run.sent.key).majority:
+            return
+        for key in run.keys:
+            del self._runs[key]
+        self.counters["chosen"] += len(run.keys)
+        for w, outcome in zip(run.waiting, run.outcomes, strict=True):
+            self._finish(w, outcome)
+
+    def _dissolve(self, run: Run, now: float) -> list[Attempt]:
+        """From here on each create goes its own way: what has been accepted of it stays accepted."""
+        attempts: list[Attempt] = []
+        for key, w, value, outcome in zip(run.keys, run.waiting, run.sent.values, run.outcomes, strict=True):
+            del self._runs[key]
+            state = self._keys[key] = KeyState()
+            attempt = Attempt(key, run.sent.ballot, Phase.ACCEPT, [w], run.began, fresh=True)
+            attempt.accepted |= run.accepted
+            attempt.value = value
+            attempt.outcomes.append(outcome)
+            self._begin(state, attempt, now)
+            self._at(w.deadline, key, None)
+            attempts.append(attempt)
+        return attempts
+
+    def _on_silent_run(self, run: Run, now: float) -> None:
+        for attempt in self._dissolve(run, now):
+            state = self._keys[attempt.key]
+            self._expire(state, now)
+            self._on_silence(state, attempt, now)
+            self._forget_if_idle(attempt.key, state)
 
     # -- attempts ---------------------------------------------------------------------------------
 
@@ -324,6 +467,9 @@ class Proposer:
         )
 
     def _receive(self, sender: NodeId, m: Reply, now: float) -> None:
+        run = self._runs.get(m.key)
+        if run is not None and isinstance(m, (Accepted, Nack)) and m.ballot == run.sent.ballot:
+            self._dissolve(run, now)
         state = self._keys.get(m.key)
         attempt = state.attempt if state else None
         if state is None or attempt is None or attempt.ballot.epoch != self.view.epoch:
@@ -517,3 +663,22 @@ class Proposer:
             due = self._due[when] = []
             heapq.heappush(self._timers, when)
         due.append((key, attempt))
+
+
+def _key_of(w: Waiting) -> str:
+    return w.op.key
+
+
+def _parts(creates: Iterable[Waiting]) -> Iterable[list[Waiting]]:
+    """Cut so that each part fits one item."""
+    part: list[Waiting] = []
+    size = 0
+    for w in creates:
+        bulk = len(w.op.data or b"")
+        if part and (len(part) == ENVELOPE_ITEMS or size + bulk > ENVELOPE_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(w)
+        size += bulk
+    if part:
+        yield part

@@ -26,6 +26,8 @@ from vstack.mesh.messages import (
     Accept,
     Accepted,
     AnyItem,
+    Created,
+    Creates,
     Failure,
     Forward,
     Found,
@@ -78,6 +80,9 @@ class Storage(Protocol):
     def subjects(self) -> Iterable[str]:
         """All video ids that occur in keys."""
 
+    def any_between(self, first: str, last: str) -> bool:
+        """Whether there is a register with a key from `first` to `last`, both included."""
+
     def commit(self, records: Mapping[str, Record]) -> None:
         """These, and whatever commit is in flight before them."""
 
@@ -104,7 +109,7 @@ class ForwardedBy(NamedTuple):
 class Held:
     reply_to: Hashable
     sender: NodeId
-    m: Request
+    m: Request | Creates
     until: float
 
 
@@ -133,7 +138,7 @@ class Replica:
         """The newest epoch at which all that this node holds is settled; to be told to everyone."""
         self.statements: dict[NodeId, tuple[int, int]] = {}
         """What other nodes say of themselves: (epoch, settled)."""
-        self.replies: list[tuple[Hashable, Reply]] = []
+        self.replies: list[tuple[Hashable, Reply | Created]] = []
         """Replies to requests, by the `reply_to` they came with. The caller empties it."""
         self.fetch: list[NodeId] = []
         """Who is to be asked for the chain after `view.epoch`. The caller empties it."""
@@ -177,7 +182,7 @@ class Replica:
         return View(chain)
 
     def make_acceptor(self, storage: Storage) -> Acceptor:
-        return Acceptor(self.me, self.view, storage.lookup)
+        return Acceptor(self.me, self.view, storage.lookup, storage.any_between)
 
     def make_proposer(self, rng: Random, timing: Timing | None) -> Proposer:
         return Proposer(self.me, self.boot, self.view, self.acceptor, rng, timing)
@@ -219,7 +224,7 @@ class Replica:
 
     def receive(self, reply_to: Hashable, sender: NodeId, m: AnyItem, now: float) -> None:
         """One item from another node. Its reply, if it has one, appears in `replies` under `reply_to`."""
-        if isinstance(m, Prepare | Accept | Read):
+        if isinstance(m, (Prepare, Accept, Read, Creates)):
             self._on_request(reply_to, sender, m, now)
         elif isinstance(m, Forward):
             if m.op.key == m.key:
@@ -227,6 +232,8 @@ class Replica:
                 self.proposer.submit(m.op, now, now + FORWARD_PATIENCE, tag, forwarded=True)
         elif isinstance(m, Told):
             self.proposer.told(m)
+        elif isinstance(m, Created):
+            self.proposer.created(sender, m, now)
         elif m.key.startswith(CONFIG_KEY):
             if self._decree is not None:
                 self._decree.receive(sender, m, now)
@@ -235,7 +242,7 @@ class Replica:
             self.proposer.receive(sender, m, now)
             self._look_for_epoch(sender)
 
-    def _on_request(self, reply_to: Hashable, sender: NodeId, m: Request, now: float) -> None:
+    def _on_request(self, reply_to: Hashable, sender: NodeId, m: Request | Creates, now: float) -> None:
         epoch = m.epoch if isinstance(m, Read) else m.ballot.epoch
         if epoch > self.view.epoch and not m.key.startswith(CONFIG_KEY):
             self._wanted_from[sender] = max(epoch, self._wanted_from.get(sender, 0))
@@ -246,6 +253,9 @@ class Replica:
             return
         if self.view.epoch > 0 and sender not in self.view.participants:
             return  # it may have been a member once, or be one some day
+        if isinstance(m, Creates):
+            self.replies += [(reply_to, reply) for reply in self.acceptor.on_creates(m)]
+            return
         reply = self.acceptor.receive(m)
         if reply is not None:
             self.replies.append((reply_to, reply))
