@@ -193,11 +193,11 @@ def flood_with_key(port: int, key: Path, rng: Random, throttle: Throttle, mean: 
         except zmq.Again:
             counts["blocked"] += 1
         if left <= 0:
-            dealer.close(0)
+            dealer.close(100)  # with 0, libzmq may assert: half a message is left when the far side hangs up
             dealer = None
             counts["disconnects"] += 1
     if dealer is not None:
-        dealer.close(0)
+        dealer.close(100)
     context.term()
     return counts
 

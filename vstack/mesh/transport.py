@@ -755,9 +755,9 @@ class Transport:
 
     def _drain_router(self, lane: Lane, router: zmq.Socket[bytes], out: list[Incoming], now: float) -> bool:
         """Takes messages; True if these were all."""
-        useless = self._useless[lane] + DRAIN_USELESS
+        most, dropped = self._useless[lane] + DRAIN_USELESS, 0
         for _ in range(DRAIN):
-            if self._useless[lane] >= useless:
+            if self._useless[lane] + dropped >= most:
                 return False
             try:
                 frames, parts = receive(router, PARTS)
@@ -770,6 +770,7 @@ class Transport:
                 connection.taken += FRAMING * parts + sum(map(len, frames))
             if self._offenders and self._is_hung_up(lane, routing_id, now):
                 self.counters["dropped_unread"] += 1
+                dropped += 1
                 continue
             if not 3 <= parts <= PARTS or len(frames[1]) != 8 or fd is None:
                 self._malformed(routing_id, "not ZMTP 3" if fd is None else f"{parts - 1} parts")
