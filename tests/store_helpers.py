@@ -177,6 +177,14 @@ class SmallDisk(Disk):
         self.free -= length
         return super().preallocate(fd, offset, length)
 
+    def truncate(self, fd: int, size: int) -> None:
+        self.free += self.size(fd) - size
+        super().truncate(fd, size)
+
+    def unlink(self, path: Path) -> None:
+        self.free += path.stat().st_size
+        super().unlink(path)
+
 
 class Crash(BaseException):
     """The process stops here."""

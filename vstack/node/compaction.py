@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from vstack.errors import VstackError
@@ -36,6 +36,7 @@ from vstack.node.files import OpenFiles
 from vstack.node.hints import read_hints
 from vstack.node.index import Index, PieceRow, SuperblockState, TombstoneRow, Update
 from vstack.node.log import Log, Write
+from vstack.node.pieces import StoreFull
 from vstack.node.room import Purpose
 from vstack.node.scan import Found, scan
 from vstack.node.superblock import (
@@ -70,6 +71,8 @@ class Compaction:
     ) -> None:
         self.failed: set[int] = set()
         """Superblocks whose compaction ended in an error: not tried again until the next start."""
+        self.stuck = False
+        """The last one found no room for its copies. It is tried again with the next step."""
         self._disk = disk
         self._folder = folder
         self._index = index
@@ -105,7 +108,7 @@ class Compaction:
         done = next(self._steps, None)
         if done is None:
             self._steps = None
-            return self.step()
+            return 0 if self.stuck else self.step()
         return done
 
     def _compact(self, number: int) -> Iterator[int]:
@@ -115,22 +118,37 @@ class Compaction:
             with self._files.use(number) as fd:
                 if self._disk.size(fd) != state.watermark:
                     raise VstackError("parts of it were never indexed; restart the node")
-                records = self._records(number, fd, state)
-                yield RECORD_HEADER_BYTES * len(records) + 1
+                records = yield from self._records(number, fd, state)
                 for batch in _batches(records):
                     yield self._copy(number, fd, state, batch)
             self._remove(number, records)
+            self.stuck = False
+        except StoreFull as error:
+            if not self.stuck:
+                log.error("superblock %d cannot be compacted now: %s", number, error)
+            self.stuck = True
         except (OSError, VstackError) as error:
             self.failed.add(number)
             log.error("superblock %d was not compacted: %s", number, error)
 
-    def _records(self, number: int, fd: int, state: SuperblockState) -> list[Found]:
-        """What the superblock holds: by its hints, or else by reading all of it. Raises OSError."""
+    def _records(self, number: int, fd: int, state: SuperblockState) -> Generator[int, None, list[Found]]:
+        """What the superblock holds: by its hints, or else by reading all of it. Yields the bytes it read.
+
+        Raises OSError.
+        """
         known = None if state.damaged else read_hints(self._disk, fd, state.salt)
         if known is not None:
+            yield known[-1].record.size
             return known
-        items = scan(self._disk, fd, state.salt, FILE_HEADER_BYTES, strict=True)
-        known = [item for item in items if isinstance(item, Found)]
+        known = []
+        read = 0
+        for item in scan(self._disk, fd, state.salt, FILE_HEADER_BYTES, strict=True):
+            if isinstance(item, Found):
+                known.append(item)
+                read += item.record.size
+            if read >= _STEP_BYTES:
+                yield read
+                read = 0
         if state.damaged:
             self._adopt(number, [found for found in known if self._row(found.record.key) is None])
         return known

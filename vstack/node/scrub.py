@@ -38,6 +38,9 @@ _PLACE = struct.Struct(">dQQB")
 _STEP_BYTES = 4 << 20
 _STEP_RECORDS = 200
 
+_SAVE_EVERY = 60.0
+"""Seconds of running time that a crash may take from the count."""
+
 PIECES, TOMBSTONES, DONE = 1, 2, 3
 
 
@@ -89,6 +92,7 @@ class Scrub:
         self._store = store
         self._index = index
         self._period = period
+        self._unsaved = 0.0
         saved = index.scrub_place()
         self.place = Place() if saved is None else Place.unpack(saved)
 
@@ -100,7 +104,10 @@ class Scrub:
         self.place = self.place._replace(seconds=self.place.seconds + seconds)
         total = sum(state.payload_bytes for state in self._index.superblocks.values())
         read = self.run() if is_due(self.place, total, self._period) else 0
-        self._index.save_scrub_place(self.place.pack())
+        self._unsaved += seconds
+        if read or self._unsaved >= _SAVE_EVERY:
+            self._index.save_scrub_place(self.place.pack())
+            self._unsaved = 0.0
         return read
 
     def run(self) -> int:

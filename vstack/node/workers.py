@@ -1,4 +1,4 @@
-"""The threads that touch pieces: one writer, which commits in groups, and a few readers.
+"""The threads that touch pieces: one writer, which commits in groups, a few readers, and the upkeep.
 
 The reactor hands requests in and takes finished ones out; nothing here touches a socket. While
 the writer waits for the disk, whatever arrives gathers, and the next commit takes all of it: group
@@ -18,6 +18,7 @@ from vstack.mesh.messages import Body, Failure, GetPiece, PieceData, PutPiece, S
 from vstack.mesh.registers import Generation, PieceKey, UploadId
 from vstack.mesh.transport import Incoming, Wakeup
 from vstack.node.store import ChunkStore, Piece, PieceNotFound, StoreFull
+from vstack.node.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class PieceWorkers:
         ]
         for thread in self._threads:
             thread.start()
+        self._upkeep = Upkeep(store, self._is_busy, self._look)
 
     def submit(self, request: Incoming) -> None:
         """Takes a PutPiece or GetPiece request."""
@@ -80,6 +82,13 @@ class PieceWorkers:
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
+        self._upkeep.close()
+
+    def _is_busy(self) -> bool:
+        return bool(self._puts or self._gets)
+
+    def _look(self) -> None:
+        self.figures = self._store.stats()
 
     # -- threads ----------------------------------------------------------------------------------
 
@@ -123,7 +132,7 @@ class PieceWorkers:
                 for request in batch:
                     self._finish(request, failure(e))
                 continue
-            self.figures = self._store.stats()
+            self._look()
             for request, result in zip(batch, results, strict=True):
                 if result.error is not None:
                     self._finish(request, failure(result.error))

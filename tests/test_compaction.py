@@ -1,0 +1,454 @@
+"""Compaction: the space of dead records comes back, and nothing else changes."""
+
+from __future__ import annotations
+
+import errno
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.store_helpers import (
+    Crash,
+    FailingDisk,
+    SmallDisk,
+    abandon,
+    figures,
+    key_of,
+    open_store,
+    outcomes,
+    piece_of,
+    recount,
+    superblocks,
+)
+from vstack.errors import DamagedData, VstackError
+from vstack.mesh.registers import PieceKey
+from vstack.node.disk import Disk
+from vstack.node.store import ChunkStore, Piece, PieceNotFound, Purpose
+from vstack.node.superblock import RECORD_HEADER_BYTES
+
+LIMIT = 100_000
+
+
+def big(number: int) -> Piece:
+    return piece_of(number, random.Random(number).randbytes(20_000))
+
+
+def contents(store: ChunkStore) -> dict[PieceKey, bytes]:
+    return {info.key: store.read(info.key).payload for info in store.list(limit=1 << 20)}
+
+
+def compact(store: ChunkStore) -> None:
+    while store.compaction.step():
+        pass
+
+
+def numbers(folder: Path) -> list[int]:
+    return [int(path.stem) for path in superblocks(folder)]
+
+
+def reopened_without_index(folder: Path, store: ChunkStore) -> ChunkStore:
+    store.close()
+    shutil.rmtree(folder / "index")
+    return open_store(folder, superblock_bytes=LIMIT)
+
+
+def place(store: ChunkStore, folder: Path, key: PieceKey) -> tuple[Path, int]:
+    row = store._index.piece(key.pack())
+    assert row is not None
+    return folder / "superblocks" / f"{row.superblock:010d}.vsb", row.offset
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_dead_space_comes_back_and_what_lives_is_unchanged(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(40)])
+    before = store.stats()
+    store.delete([key_of(n) for n in range(40) if n % 2])
+    sequences = {info.key: info.sequence for info in store.list()}
+    compact(store)
+    after = store.stats()
+    assert after.file_bytes < 0.7 * before.file_bytes
+    assert contents(store) == {key_of(n): big(n).payload for n in range(0, 40, 2)}
+    assert {info.key: info.sequence for info in store.list()} == sequences
+    assert figures(after) == recount(tmp_path)
+    assert store.compaction.step() == 0
+    store = reopened_without_index(tmp_path, store)
+    assert contents(store) == {key_of(n): big(n).payload for n in range(0, 40, 2)}
+    assert figures(store.stats()) == recount(tmp_path)
+    store.close()
+
+
+def test_a_superblock_is_left_alone_until_a_quarter_of_it_is_dead(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=220_000)
+    store.put([big(n) for n in range(12)])
+    store.delete([key_of(0), key_of(1)])
+    assert store.compaction.candidate() is None
+    store.delete([key_of(2)])
+    assert store.compaction.candidate() == 1
+    store.close()
+
+
+def test_the_latest_superblock_is_never_removed(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(0)])
+    store.delete([key_of(0)])
+    abandon(store)
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    compact(store)
+    assert numbers(tmp_path) == [1]
+    store.put([big(1)])
+    compact(store)
+    assert numbers(tmp_path) == [2]
+    assert contents(store) == {key_of(1): big(1).payload}
+    store.close()
+
+
+# Tombstones
+
+
+def test_a_tombstone_goes_with_the_last_older_record_of_its_key(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(5)])
+    store.delete([key_of(n) for n in range(4)])
+    assert store.stats().tombstones == 4
+    compact(store)
+    assert store.stats().tombstones == 0
+    assert figures(store.stats()) == recount(tmp_path)
+    store = reopened_without_index(tmp_path, store)
+    assert set(contents(store)) == {key_of(4)}
+    assert store.stats().tombstones == 0
+    store.close()
+
+
+def test_a_tombstone_outlives_the_compaction_of_its_own_superblock(tmp_path: Path) -> None:
+    """The piece that it keeps down lies elsewhere still."""
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(4)])  # superblock 1 stays: little of it is dead
+    store.put([big(n) for n in range(10, 13)])
+    store.delete([key_of(0)])
+    store.put([big(13), big(14)])
+    store.delete([key_of(n) for n in range(10, 13)])
+    tombstone = store._index.tombstone(key_of(0).pack())
+    assert tombstone is not None
+    store.compaction.failed.add(1)
+    compact(store)
+    assert tombstone.superblock not in numbers(tmp_path)
+    assert 1 in numbers(tmp_path)
+    store = reopened_without_index(tmp_path, store)
+    with pytest.raises(PieceNotFound):
+        store.read(key_of(0))
+    assert figures(store.stats()) == recount(tmp_path)
+    store.close()
+
+
+def test_a_deleted_piece_that_was_copied_twice_does_not_come_back(tmp_path: Path) -> None:
+    """Its tombstone must wait for every superblock that a copy has passed through."""
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    rng = random.Random(5)
+    alive: dict[PieceKey, Piece] = {}
+    for number in range(0, 120, 4):
+        batch = [big(n) for n in range(number, number + 4)]
+        store.put(batch)
+        alive |= {piece.key: piece for piece in batch}
+        gone = rng.sample(sorted(alive), min(len(alive) - 1, rng.randint(1, 5)))
+        store.delete(gone)
+        for key in gone:
+            del alive[key]
+        if number % 12 == 0:
+            compact(store)
+        if number % 20 == 0:
+            store = reopened_without_index(tmp_path, store)
+        assert set(contents(store)) == set(alive)
+        assert figures(store.stats()) == recount(tmp_path)
+    assert numbers(tmp_path)[0] > 5
+    store.close()
+
+
+def test_no_tombstone_goes_while_a_superblock_holds_something_unknown(tmp_path: Path) -> None:
+    """What a failed write left may be the very piece that was deleted later."""
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk, superblock_bytes=LIMIT)
+    store.put([big(0)])
+    disk.errors["sync"] = errno.EIO
+    assert outcomes(store, [big(1)]) == ["failed"]  # whole on disk, and not indexed
+    disk.errors.clear()
+    store.put([big(n) for n in range(1, 6)])
+    store.delete([key_of(n) for n in range(1, 6)])
+    store.compaction.failed.add(1)
+    store.put([big(20)])
+    compact(store)
+    assert 1 in numbers(tmp_path)
+    store = reopened_without_index(tmp_path, store)
+    assert set(contents(store)) == {key_of(0), key_of(20)}
+    store.close()
+
+
+def test_a_retired_superblock_is_evacuated(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk, superblock_bytes=LIMIT)
+    store.put([big(0)])
+    disk.errors["sync"] = errno.EIO
+    store.put([big(1)])
+    disk.errors.clear()
+    store.put([big(2)])
+    compact(store)
+    assert numbers(tmp_path) == [2]
+    assert store.stats().read_only_superblocks == 0
+    assert set(contents(store)) == {key_of(0), key_of(2)}
+    store.close()
+
+
+# What happens meanwhile
+
+
+def between_copy_and_switch(store: ChunkStore, act: Callable[[], None]) -> None:
+    """Compacts, and does something after a piece was read and before its row is switched."""
+    done: list[bool] = []
+    lock = store._lock
+
+    class Watched:
+        """The store's lock: the first time that compaction takes it to switch, something came before."""
+
+        def __enter__(self) -> None:
+            if not done:
+                done.append(True)
+                act()
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
+    store.compaction._lock = Watched()  # type: ignore[assignment]
+    compact(store)
+    assert done
+
+
+def test_a_delete_between_copy_and_switch_is_honoured(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(6)])
+    store.delete([key_of(0), key_of(1)])
+    between_copy_and_switch(store, lambda: store.delete([key_of(2)]))
+    assert set(contents(store)) == {key_of(n) for n in range(3, 6)}
+    assert numbers(tmp_path)[0] > 1
+    assert figures(store.stats()) == recount(tmp_path)
+    store = reopened_without_index(tmp_path, store)
+    assert set(contents(store)) == {key_of(n) for n in range(3, 6)}
+    store.close()
+
+
+def test_a_piece_deleted_and_stored_anew_between_copy_and_switch_is_the_new_one(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(6)])
+    store.delete([key_of(0), key_of(1)])
+
+    def replace() -> None:
+        store.delete([key_of(2)])
+        store.put([piece_of(2, b"new")])
+
+    between_copy_and_switch(store, replace)
+    assert store.read(key_of(2)).payload == b"new"
+    assert figures(store.stats()) == recount(tmp_path)
+    store = reopened_without_index(tmp_path, store)
+    assert store.read(key_of(2)).payload == b"new"
+    store.close()
+
+
+def test_a_swap_that_is_stopped_half_way_is_undone_or_done(tmp_path: Path) -> None:
+    """Both copies are on disk: one of them counts, and nothing is lost with either."""
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(6)])
+    store.delete([key_of(0), key_of(1)])
+
+    def stop(*_: object, **__: object) -> None:
+        raise Crash
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vstack.node.log.Update.commit", stop)
+        with pytest.raises(Crash):
+            compact(store)
+    abandon(store)
+    assert numbers(tmp_path)[0] == 1
+    for index in ("kept", "lost"):
+        if index == "lost":
+            shutil.rmtree(tmp_path / "index")
+        store = open_store(tmp_path, superblock_bytes=LIMIT)
+        assert contents(store) == {key_of(n): big(n).payload for n in range(2, 6)}
+        assert figures(store.stats()) == recount(tmp_path)
+        store.close()
+
+
+def test_readers_go_on_while_pieces_move(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    kept = [big(n) for n in range(0, 60, 3)]
+    stop = threading.Event()
+    problems: list[BaseException] = []
+    store.put(kept)
+
+    def reader(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            while not stop.is_set():
+                piece = rng.choice(kept)
+                assert store.read(piece.key).payload == piece.payload
+        except (AssertionError, VstackError, OSError, LookupError) as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 30
+    for round_ in range(8):
+        batch = [big(1000 * round_ + 1000 + n) for n in range(20)]
+        store.put(batch)
+        store.delete([piece.key for piece in batch])
+        compact(store)
+        assert time.monotonic() < deadline
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert figures(store.stats()) == recount(tmp_path)
+    store.close()
+
+
+# A failing disk
+
+
+def test_an_error_while_reading_ends_the_compaction_and_loses_nothing(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(6)])
+    store.delete([key_of(0), key_of(1)])
+    assert store.compaction.step() > 0
+    disk.errors["read"] = errno.EIO
+    compact(store)
+    disk.errors.clear()
+    assert store.compaction.failed == {1}
+    assert numbers(tmp_path)[0] == 1
+    assert contents(store) == {key_of(n): big(n).payload for n in range(2, 6)}
+    assert store.quarantined() == []
+    store.close()
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    compact(store)
+    assert numbers(tmp_path)[0] > 1
+    assert contents(store) == {key_of(n): big(n).payload for n in range(2, 6)}
+    store.close()
+
+
+@pytest.mark.parametrize("where", ["payload", "header"])
+def test_a_damaged_piece_is_left_behind_in_quarantine(tmp_path: Path, where: str) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(6)])
+    store.delete([key_of(0), key_of(1)])
+    path, offset = place(store, tmp_path, key_of(2))
+    flip(path, offset + (RECORD_HEADER_BYTES + 77 if where == "payload" else 20))
+    compact(store)
+    assert not path.exists()
+    assert [info.key for info in store.quarantined()] == [key_of(2)]
+    with pytest.raises(DamagedData, match="quarantine"):
+        store.read(key_of(2))
+    assert store.inventory([key_of(2)])[0].state == "quarantined"
+    assert set(contents(store)) == {key_of(n) for n in range(3, 6)}
+    assert outcomes(store, [big(2)]) == ["stored"]
+    assert store.quarantined() == []
+    assert figures(store.stats()) == recount(tmp_path)
+    store.close()
+
+
+def test_a_piece_that_could_not_be_read_at_a_rebuild_is_not_thrown_away(tmp_path: Path) -> None:
+    """An error while scanning looks like damage; compaction reads again before it gives anything up."""
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(3)])
+    path, offset = place(store, tmp_path, key_of(1))
+    abandon(store)
+    shutil.rmtree(tmp_path / "index")
+
+    class Flaky(Disk):
+        broken = True
+
+        def read(self, fd: int, at: int, length: int) -> bytes:
+            if self.broken and at < offset + 9000 and at + length > offset + 5000:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(fd, at, length)
+
+    disk = Flaky()
+    store = open_store(tmp_path, disk, superblock_bytes=LIMIT)
+    assert set(contents(store)) == {key_of(0), key_of(2)}
+    store.put([big(9)])
+    store.delete([key_of(0)])
+    compact(store)
+    assert path.exists()
+    disk.broken = False
+    store.compaction.failed.clear()
+    compact(store)
+    assert not path.exists()
+    assert contents(store)[key_of(1)] == big(1).payload
+    store.close()
+
+
+def test_a_superblock_without_a_readable_header_is_kept(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(6)])
+    store.close()
+    with superblocks(tmp_path)[0].open("r+b") as file:
+        file.write(bytes(4096))
+    shutil.rmtree(tmp_path / "index")
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    compact(store)
+    assert numbers(tmp_path)[0] == 1
+    store.close()
+
+
+# A full disk
+
+
+def test_a_compaction_that_finds_no_room_is_tried_again_when_there_is_some(tmp_path: Path) -> None:
+    disk = SmallDisk(2 << 20)
+    store = ChunkStore(tmp_path, node="00" * 16, superblock_bytes=100_000, reserve=0.05, disk=disk)
+    store.put([big(n) for n in range(12)])
+    store.delete([key_of(n) for n in range(0, 12, 2)])
+    free, disk.free = disk.free, 0
+    compact(store)
+    assert store.compaction.stuck
+    assert numbers(tmp_path)[0] == 1
+    disk.free = free
+    compact(store)
+    assert not store.compaction.stuck
+    assert numbers(tmp_path)[0] > 1
+    assert set(contents(store)) == {key_of(n) for n in range(1, 12, 2)}
+    store.close()
+
+
+def test_uploads_stop_first_then_repair_then_demotion_and_compaction_makes_room(tmp_path: Path) -> None:
+    disk = SmallDisk(2 << 20)  # of 20 MiB: the reserve is one MiB
+    store = ChunkStore(tmp_path, node="00" * 16, superblock_bytes=64 << 10, reserve=0.05, disk=disk)
+    left: dict[Purpose, int] = {}
+    number = 0
+    for purpose in (Purpose.UPLOAD, Purpose.REPAIR, Purpose.DEMOTION):
+        while store.put([piece_of(number, bytes(10_000))], purpose=purpose)[0].outcome == "stored":
+            number += 1
+        left[purpose] = disk.free
+    assert left[Purpose.UPLOAD] >= 1 << 20
+    assert 512 << 10 < left[Purpose.REPAIR] < left[Purpose.UPLOAD]
+    assert 64 << 10 < left[Purpose.DEMOTION] < left[Purpose.REPAIR]
+    store.delete([key_of(n) for n in range(0, number, 2)])
+    compact(store)
+    assert disk.free > left[Purpose.DEMOTION]
+    assert len(store.list(limit=1000)) == number // 2
+    assert figures(store.stats()) == recount(tmp_path)
+    store.delete([info.key for info in store.list(limit=1000)])
+    compact(store)
+    assert outcomes(store, [piece_of(9999, bytes(10_000))]) == ["stored"]
+    store.close()
