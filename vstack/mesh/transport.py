@@ -213,6 +213,8 @@ _SO_DETACH_FILTER: Final = 27
 """Of Linux; Python has no names for them."""
 _DROP: Final = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)
 """A packet filter of one instruction: return 0, keep nothing."""
+_RESET: Final = struct.pack("ii", 1, 0)
+"""A linger of nothing: once libzmq closes the connection, the far side learns so whatever it is doing."""
 _BYTES_RECEIVED: Final = 128
 """Where Linux's struct tcp_info counts the bytes that came, in a u64."""
 
@@ -251,6 +253,7 @@ class Connection:
         try:
             with borrowed(self.fd) as s:
                 if s.getpeername() == self.peer:
+                    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                     s.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # it has ended by itself
