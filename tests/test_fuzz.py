@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from vstack.client.mesh_client import Change, MeshClient
 from vstack.errors import VstackError
-from vstack.local import LocalMesh
+from vstack.local import LocalMesh, free_port
 from vstack.mesh.keys import KeyPair, MeshKey, NodeKeys, new_pair
 from vstack.mesh.messages import (
     PROTOCOL_VERSION,
@@ -321,9 +321,7 @@ def test_without_a_key_an_endless_message_ends_at_the_handshake() -> None:
     """With CURVE, strangers do not get as far as to send messages."""
     mesh_pair: KeyPair = new_pair()
     transport = Transport(lambda hello: hello, lambda: HELLO, NodeKeys(MeshKey(mesh_pair, ()), new_pair()))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port(1)
     try:
         transport.listen(f"127.0.0.1:{port}")
         with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
