@@ -543,11 +543,11 @@ def test_what_a_rival_is_asked_to_do_comes_back_to_who_asked() -> None:
     )
     replica = mesh.replicas[NODES[0]]
     op = Op(b"o" * 16, VIDEO, 1, 0, b"x")
-    replica.receive("r", NODES[1], Forward(VIDEO, op), 0.0)
-    replica.receive("r", NODES[1], Forward("video/" + "00" * 32, op), 0.0)
+    replica.receive("r", NODES[1], Forward(VIDEO, op, 7), 0.0)
+    replica.receive("r", NODES[1], Forward("video/" + "00" * 32, op, 8), 0.0)
     assert replica.take_done() == []
     told = [m for _, m in replica.outbox if isinstance(m, Told)]
-    assert [(t.op, type(t.outcome)) for t in told] == [(op.id, Ok)]
+    assert [(t.token, type(t.outcome)) for t in told] == [(7, Ok)]
 
 
 def test_the_reads_that_settle_are_nobodys_business() -> None:

@@ -61,6 +61,7 @@ CAUGHT: dict[str, tuple[str, int]] = {
     "versions-stand-still": ("create-races", 0),  # I5
     "forgotten-evidence-is-mismatch": ("hot", 17),  # linearizability
     "patience-stands-still": ("far", 0),  # liveness
+    "forwards-share-a-token": ("hot", 85),  # linearizability
     "everyone-creates": ("create-races", 0),  # I8
     "others-vote-first": ("create-races", 0),  # I8
     "B9-pruned-at-quorum": ("lagging", 0),  # I1

@@ -70,7 +70,7 @@ class Client:
             there = world.node(first) if first else None
             node = there if there is not None and there.serves else node
         self.begin(op, node)
-        if world.rng.random() < p.rush:
+        if len(world.clients) > 1 and world.rng.random() < p.rush:
             for other in world.rng.sample(world.clients, world.rng.randint(1, len(world.clients) - 1)):
                 if other.current is None:
                     there = node if world.rng.random() < p.same_node else world.some_node()
@@ -82,7 +82,9 @@ class Client:
         world, p = self.world, self.world.profile
         idle = [c for c in world.clients if c.current is None]
         keys = world.new_upload(node, world.rng.randint(2, len(idle) + 2))
-        if world.rng.random() < p.rush:  # somebody else does something to one of them
+        if (
+            len(world.clients) > 1 and world.rng.random() < p.rush
+        ):  # somebody else does something to one of them
             rival = world.rng.choice(idle)
             if rival is not self:
                 idle.remove(rival)

@@ -46,6 +46,7 @@ from vstack.mesh.messages import (
     Record,
     Reply,
     Request,
+    Told,
     Unknown,
     Value,
 )
@@ -310,6 +311,24 @@ class Changing(Proposer):
         attempt.value = base
         m = Accept(attempt.key, attempt.ballot, base, attempt.fresh)
         self._send(self.view.group(attempt.key), m, now)
+
+
+class ForwardsShareAToken(Proposer):
+    """A late answer to the first time that an operation was asked for counts for the second."""
+
+    def _forward(self, key: str, state: KeyState, now: float) -> None:
+        self._name(state)
+        super()._forward(key, state, now)
+
+    def told(self, m: Told) -> None:
+        if (state := self._keys.get(m.key)) is not None:
+            self._name(state)
+        super().told(m)
+
+    @staticmethod
+    def _name(state: KeyState) -> None:
+        for w in (*state.queue, *(state.attempt.waiting if state.attempt else ())):
+            w.token = int.from_bytes(w.op.id[4:8] + w.op.id[12:16]) | 1 << 62
 
 
 class NoOperationIds(Changing):
@@ -820,6 +839,7 @@ MUTANTS = {
         Variant("versions-stand-still", proposer=VersionsStandStill),
         Variant("forgotten-evidence-is-mismatch", proposer=ForgottenEvidenceIsMismatch),
         Variant("patience-stands-still", proposer=PatienceStandsStill),
+        Variant("forwards-share-a-token", proposer=ForwardsShareAToken),
         Variant("everyone-creates", AnyoneMayCreate, EveryoneCreates),
         Variant("others-vote-first", proposer=OthersVoteFirst),
         Variant("B9-pruned-at-quorum", proposer=PrunesAtQuorum),

@@ -98,6 +98,8 @@ class MeshClient:
         self._address_map = dict(address_map)
         self._dialers: dict[tuple[str, Lane], Dialer] = {}
         self._failed_at: dict[NodeId, float] = {}
+        self._doubted_at: dict[NodeId, float] = {}
+        """When a node last found no majority: it may be the one that is cut off."""
         self._seeds: tuple[str, ...] = ()
         self._newer = 0
         """The highest epoch that a node spoke of."""
@@ -322,7 +324,11 @@ class MeshClient:
         first = leader(self.config, key)
         acceptors = group(self.config, key_subject(key))
         order = dict.fromkeys(([first] if first else []) + list(acceptors) + list(self.config.nodes))
-        return tuple(sorted(order, key=self.silent))
+        return tuple(sorted(order, key=lambda n: (self.silent(n), self._doubted(n))))
+
+    def _doubted(self, node: NodeId, within: float = 5.0) -> bool:
+        """Whether `node` found no majority in the last `within` seconds."""
+        return monotonic() - self._doubted_at.get(node, -within) < within
 
     async def _submit_along(self, route: Sequence[NodeId], ops: Sequence[Op]) -> list[Outcome]:
         """Raises Refused if this client may not do it, and no node can have done it."""
@@ -355,6 +361,7 @@ class MeshClient:
                 if not unknown and len(outcomes) == len(ops):
                     return outcomes
                 why, sure = (unknown[0], True) if unknown else ("a strange answer", False)
+                self._doubted_at[node] = monotonic()
                 doubt = True
             if len(forbidden) > len(route) // 2:  # fewer may just not have heard of a new role
                 if doubt:

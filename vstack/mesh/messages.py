@@ -201,12 +201,14 @@ class Forward(Item, frozen=True, tag=8):
     """An operation for the rival that keeps winning: it has the register's newest ballot."""
 
     op: Op
+    token: U64
+    """Names this request of this operation: the same one may be asked for again, and is another request."""
 
 
 class Told(Item, frozen=True, tag=9):
-    """What became of a forwarded operation."""
+    """What became of a forwarded operation, by the token it came with."""
 
-    op: OpId
+    token: U64
     outcome: Outcome
 
 

@@ -96,6 +96,9 @@ class Waiting:
     deadline: float
     forwarded: bool = False
     """It came from a rival, and is not sent on."""
+    token: int = 0
+    """Of its `Forward`; 0 if it was not sent on. Not the operation's id: when an operation is asked for
+    again, a late answer to the first time is from before the second, and may be out of date."""
     done: bool = False
 
 
@@ -258,7 +261,7 @@ class Proposer:
         if state is None or isinstance(m.outcome, Unknown):
             return
         for w in (*state.queue, *(state.attempt.waiting if state.attempt else ())):
-            if w.op.id == m.op:
+            if w.token == m.token:
                 self._finish(w, m.outcome)
         state.queue = [w for w in state.queue if not w.done]
         self._forget_if_idle(m.key, state)
@@ -601,7 +604,9 @@ class Proposer:
             return
         state.defeats = 0
         self.counters["forwarded"] += len(ours)
-        self.outbox.extend((state.rival, Forward(key, w.op)) for w in ours)
+        for w in ours:
+            w.token = w.token or next(self._tokens)
+            self.outbox.append((state.rival, Forward(key, w.op, w.token)))
         state.paused_until = now + self.timing.forwarded + 4 * self._rtt
         self._at(state.paused_until, key, None)
 

@@ -102,7 +102,7 @@ class ForwardedBy(NamedTuple):
 
     node: NodeId
     key: str
-    op: bytes
+    token: int
 
 
 @dataclass(slots=True)
@@ -217,7 +217,7 @@ class Replica:
             if isinstance(tag, Settle):
                 self._on_settled(tag, outcome)
             elif isinstance(tag, ForwardedBy):
-                self._told.append((tag.node, Told(tag.key, tag.op, outcome)))
+                self._told.append((tag.node, Told(tag.key, tag.token, outcome)))
             else:
                 mine.append((tag, outcome))
         return mine
@@ -228,7 +228,7 @@ class Replica:
             self._on_request(reply_to, sender, m, now)
         elif isinstance(m, Forward):
             if m.op.key == m.key:
-                tag = ForwardedBy(sender, m.key, m.op.id)
+                tag = ForwardedBy(sender, m.key, m.token)
                 self.proposer.submit(m.op, now, now + FORWARD_PATIENCE, tag, forwarded=True)
         elif isinstance(m, Told):
             self.proposer.told(m)
