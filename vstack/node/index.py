@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rocksdict import (
+    AccessType,
     BlockBasedOptions,
     Cache,
     DBCompressionType,
@@ -176,14 +177,15 @@ class SuperblockState(NamedTuple):
 class Index:
     """Lookups are thread-safe. Changes are made through `Update`, one at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        """Opens or makes the index. Raises IndexDamaged."""
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        """Opens or makes the index; only opens it if it is `read_only`. Raises IndexDamaged."""
         self._folder = folder
         self._mark = folder / _DAMAGE_MARK
         if self._mark.exists():
             raise IndexDamaged(f"the index in {folder} was found damaged before")
         try:
-            self._db = Rdict(str(folder), _options())
+            access = AccessType.read_only(False) if read_only else AccessType.read_write()
+            self._db = Rdict(str(folder), _options(), access_type=access)
         except Exception as error:
             raise IndexDamaged(f"the index in {folder} does not open: {error}") from error
         try:

@@ -23,7 +23,9 @@ from vstack.errors import DamagedData, UsageError, VstackError
 from vstack.mesh.keys import NODE_KEY, load_node
 from vstack.mesh.messages import MAX_WEIGHT, MAX_ZONE
 from vstack.mesh.transport import parse_address
+from vstack.node.check import check
 from vstack.node.disk import Disk
+from vstack.node.recovery import rebuild_index
 from vstack.node.server import Node
 from vstack.node.settings import NodeSettings, NotOurMesh, Removed
 from vstack.node.votes import VoteStore
@@ -33,7 +35,8 @@ All machines of one mesh are started with the same list of --peers; the first ti
 found the mesh together and wait until all of them are there. Without --peers the node is
 a mesh of one. The port and the next one are used: control and data.
 
-exit codes: 0 stopped as asked; 1 failure (votes could not be written, or are damaged);
+exit codes: 0 stopped as asked, or sound; 1 failure (votes could not be written, or are
+damaged), or --check found damage;
 2 bad configuration or address; 3 the data directory is in use by another process;
 4 the data directory is not this node's: of another mesh, or not made by vstack.
 """
@@ -87,6 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--found", action="store_true", default=None, help="found a mesh of one, whatever the peers say"
+    )
+    p.add_argument(
+        "--check",
+        action="store_true",
+        default=None,
+        help="read all pieces of the stopped node, report damage, change nothing, and end",
+    )
+    p.add_argument(
+        "--rebuild-index",
+        action="store_true",
+        default=None,
+        help="make the index of the stopped node's pieces anew, and end",
     )
     p.add_argument("--version", action="version", version=f"vstack-node {__version__}")
     return p
@@ -207,6 +222,44 @@ def set_votes_aside(folder: Path) -> None:
         raise UsageError(f"the votes in {votes} are good: start without --rejoin")
 
 
+def show_progress(done: int, total: int) -> None:
+    print(f"\r{done / max(total, 1):4.0%} of {total / 1e9:.1f} GB", end="", file=sys.stderr, flush=True)
+
+
+def look_after(options: dict[str, Any]) -> bool:
+    """`--check` and `--rebuild-index`. False if there is damage. Raises VstackError, OSError."""
+    if not options["data"].is_dir():
+        raise UsageError(f"{options['data']} is not there")
+    claim(options["data"])
+    store = options["data"] / "store"
+    progress = show_progress if sys.stderr.isatty() else None
+    if options.get("rebuild_index"):
+        start = rebuild_index(store, progress)
+        erase_progress()
+        print(
+            f"index made anew in {start.seconds:.1f} s: {start.hinted_records} records from hints, "
+            f"{start.scanned_records} by reading {start.scanned_bytes / 1e6:.0f} MB"
+        )
+    if not options.get("check"):
+        return True
+    report = check(store, progress)
+    erase_progress()
+    for problem in report.problems:
+        print(problem)
+    print(f"superblocks    {report.superblocks}, {report.without_hints} without hints")
+    print(f"records        {report.records} whole, {report.torn_tails} unfinished at an end")
+    size = f"{report.payload_bytes / 1e6:.1f} MB"
+    print(f"pieces         {report.pieces}, {size}, {report.quarantined} quarantined")
+    print(f"index          {report.index}")
+    print("damage         " + (f"{len(report.problems)} places" if report.problems else "none"))
+    return not report.problems
+
+
+def erase_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 class JsonLog(logging.Formatter):
     """One JSON object a line."""
 
@@ -252,6 +305,8 @@ def main(argv: list[str] | None = None) -> None:
         options = read_options(argv)
         settings = settings_from(options)
         set_up_log(options.get("log_format", "text"))
+        if options.get("check") or options.get("rebuild_index"):
+            sys.exit(0 if look_after(options) else 1)
         claim(settings.data)
         if options.get("rejoin"):
             set_votes_aside(settings.data)

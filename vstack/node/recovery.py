@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from vstack.errors import UsageError, VstackError
 from vstack.node.disk import Disk
 from vstack.node.hints import Hints, read_hints, walk
 from vstack.node.index import (
@@ -116,6 +117,35 @@ def open_store(disk: Disk, index_folder: Path, folder: Path, progress: Progress 
         start.hinted,
     )
     return Opened(index, files[-1].number if files else 0, resume, start.next_sequence, report)
+
+
+def rebuild_index(folder: Path, progress: Progress | None = None) -> StartReport:
+    """Makes the index of the store in `folder` anew; it is on disk when this returns.
+
+    Raises UsageError if there is no store, VstackError if it is in use or of a newer format, OSError.
+    """
+    disk = Disk()
+    if not (folder / "superblocks").is_dir():
+        raise UsageError(f"{folder} holds no pieces: is it the data directory of a node?")
+    claim = claim_store(disk, folder)
+    try:
+        delete_index(disk, folder / "index")
+        opened = open_store(disk, folder / "index", folder / "superblocks", progress)
+        try:
+            Update(opened.index).commit(opened.next_sequence, sync=True)
+        finally:
+            opened.index.close()
+    finally:
+        disk.close(claim)
+    return opened.report
+
+
+def claim_store(disk: Disk, folder: Path) -> int:
+    """A descriptor that holds the store for this process. Raises VstackError if another has it, OSError."""
+    try:
+        return disk.lock(folder / "LOCK")
+    except BlockingIOError:
+        raise VstackError(f"{folder} is in use by another process: stop that node first") from None
 
 
 def _look_at(disk: Disk, folder: Path, number: int) -> _File:

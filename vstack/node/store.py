@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vstack.errors import DamagedData, VstackError
+from vstack.errors import DamagedData
 from vstack.mesh.registers import PieceKey
 from vstack.node.compaction import Compaction
 from vstack.node.disk import Disk
@@ -52,7 +52,7 @@ from vstack.node.pieces import (
     StoreStats,
     WriteFailed,
 )
-from vstack.node.recovery import Progress, open_store
+from vstack.node.recovery import Progress, claim_store, open_store
 from vstack.node.room import Purpose
 from vstack.node.scrub import Scrub
 from vstack.node.superblock import (
@@ -112,10 +112,7 @@ class ChunkStore:
         self._disk = disk or Disk()
         self._superblocks = folder / "superblocks"
         self._disk.make_folder(self._superblocks)
-        try:
-            self._claim = self._disk.lock(folder / "LOCK")
-        except BlockingIOError:
-            raise VstackError(f"{folder} is in use by another process: stop that node first") from None
+        self._claim = claim_store(self._disk, folder)
         with contextlib.ExitStack() as undo:
             undo.callback(self._disk.close, self._claim)
             opened = open_store(self._disk, folder / "index", self._superblocks, progress)
