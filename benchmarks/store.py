@@ -133,7 +133,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     without_hints(tiny)
     figures["rebuild_by_scan"] = start(tiny)
     shutil.rmtree(tiny)
-    fill(large, max(1, count * TINY // LARGE), LARGE)
+    fill(large, max(4, count * TINY // LARGE), LARGE)
     shutil.rmtree(large / "index")
     without_hints(large)
     figures["rebuild_large_by_scan"] = start(large)

@@ -184,14 +184,44 @@ def test_no_tombstone_goes_while_a_superblock_holds_something_unknown(tmp_path: 
     disk.errors["sync"] = errno.EIO
     assert outcomes(store, [big(1)]) == ["failed"]  # whole on disk, and not indexed
     disk.errors.clear()
-    store.put([big(n) for n in range(1, 6)])
-    store.delete([key_of(n) for n in range(1, 6)])
+    store.put([big(n) for n in range(1, 7)])
+    store.delete([key_of(n) for n in range(1, 7)])
     store.compaction.failed.add(1)
-    store.put([big(20)])
+    kept = [big(n) for n in range(20, 26)]
+    store.put(kept)
     compact(store)
-    assert 1 in numbers(tmp_path)
+    assert numbers(tmp_path)[0] == 1
+    assert numbers(tmp_path)[1] > 3  # the deleted pieces are gone, and what told of the delete was copied
     store = reopened_without_index(tmp_path, store)
-    assert set(contents(store)) == {key_of(0), key_of(20)}
+    assert set(contents(store)) == {key_of(0), *(piece.key for piece in kept)}
+    store.close()
+
+
+def test_a_tombstone_learns_of_an_older_record_that_could_not_be_read_before_it(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(4)])
+    store.put([big(n) for n in range(4, 7)])
+    store.delete([key_of(0), *(key_of(n) for n in range(4, 7))])
+    store.put([big(n) for n in range(7, 10)])
+    store.close()
+    shutil.rmtree(tmp_path / "index")
+
+    class FirstFails(Disk):
+        def sync(self, fd: int) -> None:
+            if Path(f"/proc/self/fd/{fd}").readlink().stem == "0000000001":
+                raise OSError(errno.EIO, "Input/output error")
+            super().sync(fd)
+
+    store = open_store(tmp_path, FirstFails(), superblock_bytes=LIMIT)
+    assert store.stats().read_only_superblocks == 1
+    store.close()
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.compaction.failed.add(1)
+    compact(store)
+    assert numbers(tmp_path)[:2] == [1, 3]
+    store = reopened_without_index(tmp_path, store)
+    assert set(contents(store)) == {key_of(n) for n in (1, 2, 3, 7, 8, 9)}
+    assert figures(store.stats()) == recount(tmp_path)
     store.close()
 
 

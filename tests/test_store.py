@@ -330,6 +330,64 @@ def test_an_older_index_catches_up(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_store_hidden_in_the_payload_of_a_video_stays_hidden(tmp_path: Path) -> None:
+    """Whole superblocks, hints and all, are stored as pieces; a rebuild finds the outer records only."""
+    inner = open_store(tmp_path / "inner", superblock_bytes=20_000)
+    inner.put([piece_of(n, bytes([n]) * 3000) for n in range(12)])
+    inner.delete([key_of(3)])
+    inner.close()
+    folder = tmp_path / "outer"
+    store = open_store(folder)
+    smuggled = [
+        piece_of(100 + n, path.read_bytes()) for n, path in enumerate(superblocks(tmp_path / "inner"))
+    ]
+    store.put(smuggled)
+    store.put([piece_of(200, (folder / "superblocks" / "0000000001.vsb").read_bytes()[:50_000])])
+    expected = contents(store)
+    store.close()
+    for damage_first in (False, True):
+        if damage_first:  # the scan then looks for the next header in the middle of the payload
+            path = superblocks(folder)[0]
+            flip(path, FILE_HEADER_BYTES + 20)
+            del expected[smuggled[0].key]
+        shutil.rmtree(folder / "index")
+        store = open_store(folder)
+        assert contents(store) == expected
+        assert figures(store.stats()) == recount(folder)
+        store.close()
+
+
+def test_nothing_that_was_written_is_overwritten_or_cut_off(tmp_path: Path) -> None:
+    """Metadata is never changed in place: a stop half way leaves what was there before."""
+
+    class OnlyAppends(Disk):
+        writes = truncations = 0
+
+        def write(self, fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+            self.writes += 1
+            assert not os.pread(fd, sum(map(len, buffers)), offset).strip(b"\0")
+            super().write(fd, buffers, offset)
+
+        def truncate(self, fd: int, size: int) -> None:
+            self.truncations += 1
+            assert not os.pread(fd, max(0, self.size(fd) - size), size).strip(b"\0")
+            super().truncate(fd, size)
+
+    disk = OnlyAppends()
+    for round_ in range(4):
+        store = open_store(tmp_path, disk, superblock_bytes=50_000)
+        store.put([piece_of(100 * round_ + n, random.Random(n).randbytes(7000)) for n in range(20)])
+        store.delete([key_of(100 * round_ + n) for n in range(10)])
+        while store.compaction.step():
+            pass
+        if round_ % 2:
+            store.close()
+        else:
+            abandon(store)
+    assert disk.writes > 20
+    assert disk.truncations > 4
+
+
 # Deleting
 
 

@@ -73,6 +73,9 @@ _RETIRED = 2
 _DOOMED = 4
 
 _DAMAGE_MARK = "DAMAGED"
+_MOST_SEEN = 2_000_000
+"""About 130 MB. Beyond that a rebuild asks the rows themselves."""
+
 _WRITE_BUFFER = 4 << 20
 _BLOCK_CACHE = 4 << 20
 
@@ -195,9 +198,12 @@ class Index:
             raise IndexDamaged(f"the index in {folder} is not readable: {error}") from error
 
     def _load(self) -> None:
+        self._seen: set[int] | None = None
+        """Hashes of all keys that have rows, while an index that began empty is being made."""
         stored = self._get(b"f")
         if stored is None:
             self._db.put(b"f", FORMAT)
+            self._seen = set()
         elif stored != FORMAT:
             raise IndexDamaged("the index has another format")
         self.next_sequence = int.from_bytes(self._get(b"n") or b"", "big")
@@ -207,6 +213,17 @@ class Index:
         }
         self.quarantined = {key[1:]: PieceRow.unpack(value) for key, value in self._rows(b"q", b"q")}
         """By packed key. In memory: there are few, and every lookup needs them."""
+
+    def may_know(self, key: bytes) -> bool:
+        """False if there is certainly no row of the key. Saves an index that is being made most lookups."""
+        return self._seen is None or hash(key) in self._seen
+
+    def saw(self, key: bytes) -> None:
+        """A row of the key is about to be written."""
+        if self._seen is not None:
+            self._seen.add(hash(key))
+            if len(self._seen) > _MOST_SEEN:
+                self._seen = None
 
     def piece(self, key: bytes) -> PieceRow | None:
         """Raises IndexDamaged."""
@@ -229,6 +246,7 @@ class Index:
 
     def mark_complete(self) -> None:
         """Raises IndexWriteFailed."""
+        self._seen = None
         batch = WriteBatch(raw_mode=True)
         batch[b"e"] = b""
         self.write(batch, sync=False)
@@ -430,7 +448,9 @@ class Update:
 
     def _row(self, key: bytes) -> PieceRow | TombstoneRow | None:
         if key not in self._rows:
-            row = self._index.piece(key) or self._quarantined.get(key) or self._index.tombstone(key)
+            row: PieceRow | TombstoneRow | None = None
+            if self._index.may_know(key):
+                row = self._index.piece(key) or self._quarantined.get(key) or self._index.tombstone(key)
             self._rows[key] = row
             if row is not None:
                 self._before[key] = self._prefix(key, row)
@@ -439,6 +459,7 @@ class Update:
     def _put(self, key: bytes, row: PieceRow | TombstoneRow | None) -> None:
         self._rows[key] = row
         self._touched.add(key)
+        self._index.saw(key)
         if key in self._quarantined and isinstance(row, PieceRow):
             self._quarantined = {**self._quarantined, key: row}
 

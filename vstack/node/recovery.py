@@ -302,12 +302,13 @@ class _Start:
         for item in scan(self._disk, fd, state.salt, state.watermark):
             match item:
                 case Found(offset, record):
+                    size = record.size
                     update.add(number, offset, record)
-                    update.advance(number, offset + record.size)
                     self.next_sequence = max(self.next_sequence, record.sequence + 1)
                     self.records += 1
-                    self.bytes += record.size
+                    self.bytes += size
                     if self.records % _RECORDS_A_BATCH == 0:
+                        update.advance(number, offset + size)
                         update.commit(self.next_sequence)
                         update = Update(self._index)
                 case Damage(offset, length, record):

@@ -88,6 +88,10 @@ class _Window:
 
 def _payload_is_whole(window: _Window, offset: int, record: Record) -> bool:
     start = offset + RECORD_HEADER_BYTES
+    if record.size <= _WINDOW:
+        rest = window.view(start, record.size - RECORD_HEADER_BYTES)
+        whole = hashlib.sha256(rest[: record.length]).digest() == record.sha256
+        return whole and rest[record.length :] == trailer(record.length)
     digest = hashlib.sha256()
     for at in range(start, start + record.length, _WINDOW):
         digest.update(window.view(at, min(_WINDOW, start + record.length - at)))
