@@ -28,6 +28,8 @@ from tests.store_helpers import (
 from vstack.errors import DamagedData, VstackError
 from vstack.mesh.registers import PieceKey
 from vstack.node.disk import Disk
+from vstack.node.hints import read_hints
+from vstack.node.scan import Found
 from vstack.node.store import ChunkStore, Piece, PieceNotFound, Purpose
 from vstack.node.superblock import RECORD_HEADER_BYTES
 
@@ -425,6 +427,26 @@ def test_a_piece_that_could_not_be_read_at_a_rebuild_is_not_thrown_away(tmp_path
     compact(store)
     assert not path.exists()
     assert contents(store)[key_of(1)] == big(1).payload
+    store.close()
+
+
+def test_a_superblock_is_not_unlinked_while_a_row_points_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the list of its records, for whatever reason, lacks one."""
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(6)])
+    store.delete([key_of(0), key_of(1)])
+
+    def forgetful(disk: Disk, fd: int, salt: bytes) -> list[Found] | None:
+        known = read_hints(disk, fd, salt)
+        return known and [found for found in known if found.record.key != key_of(3).pack()]
+
+    monkeypatch.setattr("vstack.node.compaction.read_hints", forgetful)
+    compact(store)
+    assert numbers(tmp_path)[0] == 1
+    assert contents(store) == {key_of(n): big(n).payload for n in range(2, 6)}
+    assert figures(store.stats()) == recount(tmp_path)
     store.close()
 
 
