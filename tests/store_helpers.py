@@ -359,6 +359,13 @@ class Ledger:
             del self.unknown[key]
         self.deleted |= set(keys)
 
+    def settle(self, store: ChunkStore) -> None:
+        """What was unknown is what the store says, from now on."""
+        held = {info.key for info in store.list(limit=1 << 20)}
+        self.stored |= {key: piece for key, piece in self.unknown.items() if key in held}
+        self.deleted |= self.unknown.keys() - held
+        self.unknown.clear()
+
     def check(self, store: ChunkStore, folder: Path) -> None:
         held = {info.key for info in store.list(limit=1 << 20)}
         assert set(self.stored) <= held <= set(self.stored) | set(self.unknown)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from rocksdict import WriteBatch
+from rocksdict import Checkpoint, WriteBatch
 
 from tests.store_helpers import (
     Crash,
@@ -132,7 +132,7 @@ def stop_at_index_writes(patch: pytest.MonkeyPatch, run: Run) -> None:
         real(self, batch, sync=sync)
         if sync:
             shutil.rmtree(run.folder / "synced", ignore_errors=True)
-            shutil.copytree(run.folder / "index", run.folder / "synced")
+            Checkpoint(self._db).create_checkpoint(str(run.folder / "synced"))
 
     patch.setattr(Index, "write", write)
 
@@ -151,16 +151,20 @@ def lives(before: Work, work: Work, folder: Path, loss: str) -> Iterator[tuple[i
                 pass
             else:
                 return
-        rng = random.Random(step)
-        if loss != "process":
-            run.disk.lose_power(rng)
-        if loss in ("power, index older", "power, index lost"):
-            shutil.rmtree(run.folder / "index", ignore_errors=True)
-        if loss == "power, index older" and (run.folder / "synced").exists():
-            (run.folder / "synced").rename(run.folder / "index")
+        lose(run, random.Random(step), loss)
         yield step, run
         shutil.rmtree(run.folder)
         step += 1
+
+
+def lose(run: Run, rng: random.Random, loss: str) -> None:
+    """What goes with the process, or with the power."""
+    if loss != "process":
+        run.disk.lose_power(rng)
+    if loss in ("power, index older", "power, index lost"):
+        shutil.rmtree(run.folder / "index", ignore_errors=True)
+    if loss == "power, index older" and (run.folder / "synced").exists():
+        (run.folder / "synced").rename(run.folder / "index")
 
 
 def check(run: Run) -> None:
@@ -202,6 +206,53 @@ def test_stopped_at_any_point_the_store_keeps_what_it_acknowledged(
         points = step
     print(f"{work.__name__}, {loss}: {points} points")
     assert points >= least
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_many_lives_with_an_end_at_random_lose_nothing(quick: Path, seed: int) -> None:
+    """Each life begins with what the one before left: crashes, lost power and lost indexes add up."""
+    rng = random.Random(seed)
+    folder, ledger = quick / "store", Ledger()
+    ends = 0
+    for life in range(12):
+        run = Run(folder, ledger, CrashingDisk(rng.randint(5, 60)))
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at_index_writes(patch, run)
+            try:
+                live_at_random(run, rng, 1000 * life)
+            except Crash:
+                ends += 1
+        lose(run, rng, rng.choice(LOSSES))
+        store = open_store(folder, superblock_bytes=LIMIT)
+        ledger.check(store, folder)
+        ledger.settle(store)
+        store.close()
+    assert ends > 2
+    assert len(ledger.deleted) > 5
+
+
+def live_at_random(run: Run, rng: random.Random, number: int) -> None:
+    """Some operations in no order, the last a clean stop."""
+    ledger = run.ledger
+    store = open_store(run.folder, run.disk, superblock_bytes=LIMIT)
+    with ending(store):
+        for _ in range(rng.randint(1, 25)):
+            match rng.choice(("put", "put", "delete", "delete", "again", "compact", "scrub")):
+                case "put":
+                    ledger.put(store, [piece_of(number + n) for n in range(rng.randint(1, 6))])
+                    number += 6
+                case "delete" if ledger.stored:
+                    held = sorted(ledger.stored)
+                    ledger.delete(store, rng.sample(held, rng.randint(1, min(5, len(held)))))
+                case "again" if ledger.deleted:
+                    key = rng.choice(sorted(ledger.deleted))
+                    ledger.put(store, [piece_of(key.generation.counter)])
+                case "compact":
+                    compact(store)
+                case "scrub":
+                    store.scrub.run()
+                    assert store.quarantined() == []
+        store.close()
 
 
 def test_a_swap_that_forgets_to_sync_the_copies_is_caught(

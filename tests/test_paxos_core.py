@@ -253,7 +253,8 @@ def test_the_fence_refuses_older_epochs_and_says_nothing_about_unknown_ones() ->
 
 def test_a_configuration_register_lives_outside_the_fence() -> None:
     a = acceptor(view=View((config(NODES[:3]), config(NODES[:3], 2))))
-    assert isinstance(a.receive(Prepare("config/2", ballot(1))), Promise)
+    assert isinstance(a.receive(Prepare("config/3", ballot(1, epoch=0))), Promise)
+    assert a.receive(Prepare("config/3", ballot(2))) is None, "no proposer of a configuration is of an epoch"
 
 
 def test_a_node_outside_the_group_stores_nothing() -> None:

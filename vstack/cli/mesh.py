@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Awaitable, Callable
+from time import monotonic
 
 from vstack.cli import show
 from vstack.client import members
 from vstack.client.members import Moving
 from vstack.client.mesh_client import MeshClient
-from vstack.errors import BadInput, UsageError, VstackError
+from vstack.errors import BadInput, MeshUnavailable, UsageError, VstackError
 from vstack.mesh.changes import DrainMember, MeshChange, RemoveMember
 from vstack.mesh.config import Config
+
+SETTLE_WITHIN = 300.0
+"""Seconds that a command waits for votes to move."""
 
 
 async def run(mesh: MeshClient, options: argparse.Namespace) -> int:
@@ -81,7 +85,8 @@ async def drain(mesh: MeshClient, options: argparse.Namespace) -> int:
 
 async def recover(mesh: MeshClient, options: argparse.Namespace) -> int:
     """Gives up nodes that are gone for good, when too few are left to decide anything."""
-    lost = [members.find_member(mesh.config, word.strip()) for word in options.lost.split(",")]
+    words = [word.strip() for word in options.lost.split(",") if word.strip()]
+    lost = [await members.find_open_member(mesh, word) for word in words]
     _ask(
         options,
         f"{len(lost)} nodes are given up for good: {', '.join(m.node[:8] for m in lost)}. They must never "
@@ -153,7 +158,13 @@ async def _wait_for_the_last(mesh: MeshClient, options: argparse.Namespace) -> N
 async def _until_settled(mesh: MeshClient, label: str) -> None:
     with show.counting(f"{label}: votes are moving") as bar:
         most = 1
+        began = monotonic()
         async for now in members.until_settled(mesh):
+            if monotonic() - began > SETTLE_WITHIN:
+                raise MeshUnavailable(
+                    f"votes are still moving after {SETTLE_WITHIN:.0f} s: `vstack mesh plan` says for whom "
+                    "they wait. Nothing is lost; it goes on by itself when they answer"
+                )
             left = len({n for nodes in now.waiting.values() for n in nodes})
             most = max(most, left)
             bar.update("votes", most - left, most)

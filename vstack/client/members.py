@@ -17,6 +17,7 @@ from vstack.errors import MeshUnavailable, NotFound, UsageError, VstackError
 from vstack.mesh.changes import (
     AddMember,
     DrainMember,
+    GiveUp,
     MeshChange,
     RemoveMember,
     forced,
@@ -97,6 +98,20 @@ async def open_view(mesh: MeshClient) -> View:
     return View(max(told, key=lambda c: c[-1].epoch))
 
 
+async def find_open_member(mesh: MeshClient, text: str) -> Member:
+    """As `find_member`, among the members of all open epochs: one that was given up is found, too.
+
+    Raises NotFound, UsageError, MeshUnavailable.
+    """
+    found = NotFound("")
+    for config in reversed((await open_view(mesh)).chain()):
+        try:
+            return find_member(config, text)
+        except NotFound as e:
+            found = e
+    raise found
+
+
 async def moving(mesh: MeshClient) -> Moving:
     """Asks all members. Raises MeshUnavailable if none answers."""
     await mesh.refresh()
@@ -162,24 +177,30 @@ async def drain(mesh: MeshClient, member: Member, draining: bool) -> int:
 
 
 async def recover(mesh: MeshClient, lost: Sequence[NodeId]) -> Recovered:
-    """Gives up nodes that are gone for good, when no majority is left to remove them.
+    """Gives up nodes that are gone for good, whose votes some registers cannot do without.
 
-    Every other member must answer, and takes the new configuration at the operator's word. Then the
-    registers are rebuilt from what is left of their groups. Raises MeshUnavailable, Refused.
+    Where a majority of the members is left, it decides so. Otherwise every one that is left must answer,
+    and takes the new configuration at the operator's word. Then the registers are rebuilt from what is
+    left of their groups. To be repeated if it was interrupted. Raises MeshUnavailable, Refused.
     """
     view = await open_view(mesh)
-    new = forced(view, lost, os.urandom(16))
-    await asyncio.gather(*(_force(mesh, m, new) for m in new.members))
-    mesh.config = new
+    gone = set(lost)
+    if any(view.config.member(n) for n in lost):
+        new = forced(view, [n for n in lost if view.config.member(n)], os.urandom(16))
+        if 2 * len(new.members) > len(view.config.members):
+            await mesh.change_mesh(GiveUp(new.lost))
+        else:
+            await asyncio.gather(*(_force(mesh, m, new) for m in new.members))
+            mesh.config = new
+    await mesh.refresh()
     async for _ in until_settled(mesh):
         pass
-    eras = view.chain()
+    eras = [c for c in view.chain() if gone & set(c.voters)]
     listing = await mesh.list("video/")
     known = {key_subject(row.key) for row in listing.rows}
-    gone = set(lost)
     doubtful = [v for v in sorted(known) if any(_majority_lost(c, v, gone) for c in eras)]
     held: set[str] = set()
-    for member in new.members:
+    for member in mesh.members:
         held |= await _holdings(mesh, member.node)
     return Recovered(mesh.config.epoch, tuple(doubtful), tuple(sorted(held - known)))
 

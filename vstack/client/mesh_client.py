@@ -248,7 +248,7 @@ class MeshClient:
                     continue
                 except Refused as e:
                     why = e
-                    overtaken = e.code in ("epoch", "busy", "forming")
+                    overtaken = e.code in ("epoch", "busy", "forming", "late")
                     if overtaken or doubt:
                         made_in = await self._learn_whether_made(node, begun, request, change)
                         if made_in is not None:

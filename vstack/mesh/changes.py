@@ -12,15 +12,19 @@ the configuration that it leads to, or says in words why it cannot be. Deciding 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from vstack.errors import BadInput
-from vstack.mesh.config import Config, Grant, Hex32, Member, NodeId, PublicKey, View
+from vstack.mesh.config import Config, Grant, Hex32, Member, NodeId, PublicKey, View, is_address, pack_config
 
 MAX_OPEN = 4
 MAX_MEMBERS = 1024
 MAX_GRANTS = 1024
+MAX_BYTES = 160 * 1024
+"""Of a packed configuration: it has to fit a register's value, and a message."""
 
 
 class ChangeRefused(BadInput):
@@ -67,7 +71,13 @@ class MoveBase(msgspec.Struct, frozen=True, array_like=True, tag=7):
     base: int
 
 
-MeshChange = AddMember | ReplaceMember | RemoveMember | DrainMember | Authorise | Revoke | MoveBase
+class GiveUp(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """These nodes are gone for good: nobody waits for their votes any more. See `forced`."""
+
+    lost: Annotated[tuple[Hex32, ...], Meta(max_length=1024)]
+
+
+MeshChange = AddMember | ReplaceMember | RemoveMember | DrainMember | Authorise | Revoke | MoveBase | GiveUp
 
 
 def leaving(view: View) -> frozenset[NodeId]:
@@ -94,6 +104,8 @@ def successor(view: View, change: MeshChange, change_id: bytes = b"") -> Config:
     That base may move (`MoveBase`) is for the caller to know: see `unsettled`.
     """
     config = view.config
+    if isinstance(change, GiveUp):
+        return forced(view, change.lost, change_id)
     members, grants = list(config.members), list(config.grants)
     base = config.epoch if view.is_settled() else config.base
     if isinstance(change, AddMember):
@@ -164,6 +176,8 @@ def _find(config: Config, node: NodeId) -> Member:
 
 
 def _with_member(members: list[Member], new: Member) -> list[Member]:
+    if not is_address(new.address):
+        raise ChangeRefused(f"{new.address!r} is not an address: HOST:PORT is needed")
     for other in members:
         if other.node != new.node and other.address == new.address:
             raise ChangeRefused(
@@ -181,6 +195,11 @@ def _with_member(members: list[Member], new: Member) -> list[Member]:
 def _check(view: View, new: Config) -> None:
     if len(new.members) > MAX_MEMBERS or len(new.grants) > MAX_GRANTS:
         raise ChangeRefused(f"a mesh has at most {MAX_MEMBERS} members and {MAX_GRANTS} clients")
+    if len(pack_config(new)) > MAX_BYTES:
+        raise ChangeRefused(f"the configuration would take more than {MAX_BYTES >> 10} KiB: shorten names")
+    known = [m.key for m in new.members if m.key] + [g.key for g in new.grants]
+    if len(set(known)) < len(known):
+        raise ChangeRefused("that key is another node's or client's already")
     if not new.voters:
         raise ChangeRefused("at least one voting node must be left")
     gone = set(view.config.voters) - set(new.voters)

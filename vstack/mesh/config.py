@@ -8,6 +8,7 @@ A configuration is immutable once decided. The mesh id is the hash of the first 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple
@@ -99,6 +100,14 @@ GENESIS = Config(epoch=0, members=(), base=0)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Config).decode
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is HOST:PORT, with a host that can be dialled and a port that has a next one."""
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    named = re.fullmatch(r"[0-9A-Fa-f:.%a-z]+" if bracketed else r"[0-9A-Za-z._-]+", host.strip("[]"))
+    return bool(named and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65535)
 
 
 def pack_config(config: Config) -> bytes:

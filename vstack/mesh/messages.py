@@ -396,7 +396,7 @@ class Scan(msgspec.Struct, frozen=True, array_like=True, tag=11):
 
 
 class ScanRow(NamedTuple):
-    key: str
+    key: Key
     accepted: Ballot
     value: Value
 

@@ -8,6 +8,7 @@ said whether a wish makes sense now, as far as this node knows who is alive.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import msgspec
@@ -16,13 +17,14 @@ from vstack.mesh.changes import (
     AddMember,
     ChangeRefused,
     DrainMember,
+    GiveUp,
     MoveBase,
     RemoveMember,
     ReplaceMember,
     forced,
     successor,
 )
-from vstack.mesh.config import Member
+from vstack.mesh.config import Member, NodeId
 from vstack.mesh.messages import ChangeMesh, Failure, ForceConfig, MeshChanged, State
 from vstack.mesh.paxos.replica import Replica
 from vstack.mesh.transport import Incoming
@@ -128,6 +130,9 @@ class Admission:
             text = f"node {change.old[:8]} still answers: remove it instead of replacing it"
             self._answer(request, Failure("refused", text))
             return
+        if isinstance(change, GiveUp) and (alive := self._not_lost(change.lost)):
+            self._answer(request, Failure("refused", alive))
+            return
         if isinstance(change, RemoveMember) and len(self._view.config.members) == 1:
             self._answer(request, Failure("refused", "the last node of a mesh cannot be removed"))
             return
@@ -142,11 +147,18 @@ class Admission:
             after = successor(self._view, change)
         except ChangeRefused:
             return ""  # what is wrong with it is said when it is proposed
-        down = [n for n in after.voters if self._peers.state(n) is State.DOWN]
-        if len(down) <= (after.g - 1) // 2:
+        down = [n for n in after.nodes if self._peers.state(n) is State.DOWN]
+        voters_down = sum(n in after.voters for n in down)
+        if voters_down <= (after.g - 1) // 2 and 2 * len(down) < len(after.nodes):
             return ""
         names = ", ".join(n[:8] for n in down)
-        return f"too few voting nodes would be left: {names} is down. Start, replace or remove it first"
+        return f"too few nodes would be left to decide: {names} is down. Start, replace or remove it first"
+
+    def _not_lost(self, lost: Sequence[NodeId]) -> str:
+        """Why some nodes cannot be given up now; empty if they can."""
+        alive = [n for n in lost if n == self._me or self._peers.is_heard(n)]
+        names = ", ".join("this node itself" if n == self._me else n[:8] for n in alive)
+        return f"{names}: not lost, or not known to be down yet" if alive else ""
 
     def on_force(self, request: Incoming, m: ForceConfig, now: float) -> None:
         """No majority is left: what the operator says is lost is waited for no more."""
@@ -162,10 +174,13 @@ class Admission:
         except ChangeRefused as e:
             self._answer(request, Failure("refused", str(e)))
             return
-        alive = [n for n in config.lost if self._peers.state(n) is not State.DOWN]
-        if alive or config.member(self._me) is None:
-            who = ", ".join(n[:8] for n in alive) or "this node itself"
-            self._answer(request, Failure("refused", f"{who}: not lost, or not known to be down yet"))
+        if why := self._not_lost(config.lost):
+            self._answer(request, Failure("refused", why))
+            return
+        if 2 * len(config.members) > len(self._view.config.members):
+            # They could decide something else at the same moment: then this has to be decided, too.
+            text = "a majority of the mesh is left: it decides this like any other change"
+            self._answer(request, Failure("refused", text))
             return
         log.warning("recovering: %s are given up by the operator", ", ".join(n[:8] for n in config.lost))
         self._replica.adopt([config], now)

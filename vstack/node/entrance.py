@@ -53,8 +53,8 @@ class Entrance:
         """The mesh has let this node in; its chain is asked for next."""
         self._join_at = 0.0
 
-    def tick(self, now: float) -> list[tuple[Link, GetConfig | Join]]:
-        """What to send where, now."""
+    def tick(self, now: float, after: int) -> list[tuple[Link, GetConfig | Join]]:
+        """What to send where, now. `after`: the epoch up to which the mesh's chain is known."""
         if not self._mesh_at:
             self.forming.tick(now)
             return []
@@ -63,7 +63,7 @@ class Entrance:
         self._join_at = now + JOIN_EVERY
         addresses = sorted(self._mesh_at)
         link = self._mesh_at[addresses[int(now / JOIN_EVERY) % len(addresses)]]
-        return [(link, Join(self._me)), (link, GetConfig(0))]
+        return [(link, Join(self._me)), (link, GetConfig(after))]
 
     def waiting_for(self) -> str:
         """In words."""

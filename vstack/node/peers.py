@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from random import Random
 
-from vstack.mesh.config import NodeId, View
+from vstack.mesh.config import NodeId, View, is_address
 from vstack.mesh.forming import list_digest
 from vstack.mesh.membership import Gossip
 from vstack.mesh.messages import (
@@ -24,7 +24,7 @@ from vstack.mesh.messages import (
     Pong,
     State,
 )
-from vstack.mesh.transport import Incoming, Link, Transport
+from vstack.mesh.transport import Incoming, Link, Session, Transport
 from vstack.node.settings import NodeSettings
 from vstack.node.votes import VoteStore
 
@@ -174,7 +174,7 @@ class Peers:
                 self.forget(link)
                 self.transport.disconnect(link.address)
                 self._unanswered.pop(link.address, None)
-        for address in sorted(wanted):
+        for address in sorted(a for a in wanted if is_address(a)):
             link = self.transport.connect(address, now)
             since = self._unanswered.get(address)
             if since is not None and link.heard > since:
@@ -235,7 +235,23 @@ class Peers:
             return State.UP
         if node not in self._view.participants:
             return State.DOWN
-        return self.gossip.state(node)
+        try:
+            return self.gossip.state(node)
+        except KeyError:
+            return State.DOWN  # a configuration has just been adopted: nothing was heard of it yet
+
+    def is_heard(self, node: NodeId) -> bool:
+        """Whether a node may be alive: connected, and not known to be down."""
+        return node in self.links and self.state(node) is not State.DOWN
+
+    def sender(self, session: Session) -> NodeId:
+        """Who speaks on a connection: the NodeId of its hello, empty for clients, and for whoever has said
+        that it is a member without that member's key."""
+        hello = session.hello
+        if hello.role != "node":
+            return ""
+        member = next((m for c in self._view.chain() if (m := c.member(hello.node))), None)
+        return hello.node if member is None or not member.key or member.key == session.key else ""
 
     def is_live(self, node: NodeId) -> bool:
         """Whether it is worth asking: connected, and neither suspect nor down."""
@@ -243,5 +259,4 @@ class Peers:
 
     def is_participant(self, request: Incoming) -> bool:
         """Whether a request came from a member of an open epoch."""
-        hello = request.session.hello
-        return hello.role == "node" and hello.node in self._view.participants
+        return self.sender(request.session) in self._view.participants

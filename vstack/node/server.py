@@ -26,16 +26,18 @@ from vstack.mesh.access import directory
 from vstack.mesh.changes import (
     leaving,
 )
-from vstack.mesh.config import CONFIG_KEY, Config, Member, NodeId, pack_config
+from vstack.mesh.config import CONFIG_KEY, Config, Member, NodeId, key_epoch, pack_config
 from vstack.mesh.forming import FORMING_KEY
 from vstack.mesh.messages import (
     ENVELOPE_BYTES,
     ENVELOPE_ITEMS,
     Accept,
+    Accepted,
     AnyItem,
     Body,
     Chain,
     ChangeMesh,
+    Created,
     Creates,
     Envelope,
     Failure,
@@ -49,6 +51,7 @@ from vstack.mesh.messages import (
     Join,
     List,
     MeshChanged,
+    Nack,
     Noted,
     Outcome,
     Outcomes,
@@ -64,6 +67,7 @@ from vstack.mesh.messages import (
     ScanReply,
     Status,
     Submit,
+    Told,
     Viewed,
 )
 from vstack.mesh.paxos.replica import Replica
@@ -222,6 +226,7 @@ class Node:
         self._gossip(now)
         self._commit()
         self._flush()
+        self.peers.flush_gossip(now)
 
     def _patience(self, now: float) -> float:
         wake = self.replica.next_wake()
@@ -281,7 +286,7 @@ class Node:
                 self.peers.introduced = True
                 self._on_ready(self)
             return
-        for link, m in self._entrance.tick(now):
+        for link, m in self._entrance.tick(now, self.replica.chain_end):
             self.transport.send(link, m)
         if self._entrance.decided is not None:
             self.replica.adopt([self._entrance.decided], now)
@@ -309,9 +314,8 @@ class Node:
         for node in self.replica.fetch:
             link = self.peers.links.get(node) or next(iter(self.peers.links.values()), None)
             if link is not None:
-                self.transport.send(link, GetConfig(self.view.epoch), bytes(7) + b"\1")
+                self.transport.send(link, GetConfig(self.replica.chain_end), bytes(7) + b"\1")
         self.replica.fetch = []
-        self.peers.flush_gossip(now)
 
     def _take_statements(self, now: float) -> None:
         """What the others say of themselves may call for the chain, or for base to move."""
@@ -380,25 +384,28 @@ class Node:
 
     def _on_envelope(self, request: Incoming, envelope: Envelope, now: float) -> None:
         """Votes. Those of a node that is no member count for nothing, unless it is ahead of us."""
-        hello = request.session.hello
-        if hello.role != "node" or not (
+        sender = self.peers.sender(request.session)
+        if not sender or not (
             self._entrance is not None
-            or hello.node in self.view.participants
-            or hello.epoch > self.view.epoch
+            or sender in self.view.participants
+            or request.session.hello.epoch > self.view.epoch
         ):
             self._reply(request, Failure("refused", "only members of the mesh take part in its votes"))
             return
         self.transport.forget(request)
-        self.peers.gossip.heard(hello.node, now)
+        self.peers.gossip.heard(sender, now)
         for item in envelope.items:
             if (item.key == FORMING_KEY) != (self._entrance is not None):
                 continue  # a node of a mesh has no vote on founding one: whoever asks takes its chain
-            self.replica.receive(request.session, hello.node, item, now)
+            self.replica.receive(request.session, sender, item, now)
 
     def _on_gossip(self, request: Incoming, m: Ping | Pong | PingRequest, now: float) -> None:
-        hello = request.session.hello
+        sender = self.peers.sender(request.session)
         self._statements_at = 0.0
-        answer = self.peers.on_gossip(hello.node, m, now) if hello.role == "node" else None
+        if not sender:
+            self._reply(request, Failure("forbidden", "a member speaks with its own key"))
+            return
+        answer = self.peers.on_gossip(sender, m, now)
         if answer is not None:
             self._reply(request, answer)
         else:
@@ -446,6 +453,10 @@ class Node:
         for op in submit.ops:
             if op.key.startswith(CONFIG_KEY):
                 self._reply(request, Failure("refused", "configurations are not changed this way"))
+                return
+            if key_epoch(op.key) > self.view.epoch:
+                text = f"this node has yet to hear of epoch {key_epoch(op.key)}"
+                self._reply(request, Failure("busy", text))
                 return
             if op.expect is not None and op.born < self.view.base:
                 text = f"epoch {op.born} is over: the mesh is in epoch {self.view.epoch}"
@@ -508,10 +519,13 @@ class Node:
 
     def _on_answer(self, answer: Answer, now: float) -> None:
         link, body = answer.link, answer.header.body
+        if isinstance(body, Hello) and self.peers.on_hello(link, body) and self._entrance is not None:
+            self._entrance.on_hello(link, body)
         node = link.hello.node if link.hello is not None else ""
+        if node and self._entrance is None and answer.header.epoch > self.view.epoch:
+            self.replica.hear(node, answer.header.epoch, 0)
         if isinstance(body, Hello):
-            if self.peers.on_hello(link, body) and self._entrance is not None:
-                self._entrance.on_hello(link, body)
+            pass
         elif isinstance(body, Failure):
             self._on_failure(link, body)
         elif isinstance(body, Pong):
@@ -530,7 +544,8 @@ class Node:
             self.peers.gossip.heard(node, now)
             for item in body.items:
                 if self._entrance is None:
-                    self.replica.receive(None, node, item, now)
+                    if isinstance(item, Promise | Accepted | ReadReply | Nack | Created | Told):
+                        self.replica.receive(None, node, item, now)
                 elif item.key == FORMING_KEY and isinstance(item, Reply):
                     self._entrance.forming.receive(node, item)
 

@@ -81,7 +81,10 @@ class Acceptor:
     def receive(self, m: Request) -> Reply | None:
         """The reply, to be sent after the next commit; None if the message gets none."""
         try:
-            if not m.key.startswith(CONFIG_KEY):
+            if m.key.startswith(CONFIG_KEY):
+                if not isinstance(m, Read) and m.ballot.epoch:
+                    return None  # configurations are decided outside the epochs: nobody means this
+            else:
                 now = self.view.epoch
                 epoch = m.epoch if isinstance(m, Read) else m.ballot.epoch
                 if epoch > now:

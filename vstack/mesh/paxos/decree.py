@@ -28,6 +28,7 @@ from vstack.mesh.messages import (
     Value,
 )
 from vstack.mesh.paxos.acceptor import Acceptor
+from vstack.mesh.paxos.proposer import MAX_ROUND
 
 PATIENCE = 0.5
 """Seconds that an attempt may take before the next one; jittered, and doubled with each in vain."""
@@ -115,7 +116,8 @@ class Decree:
         if m.key != self._key or self.decided is not None or sender not in self._acceptors:
             return
         if isinstance(m, Nack):
-            self._floor = max(self._floor, m.seen.round)
+            if m.seen.round < MAX_ROUND:
+                self._floor = max(self._floor, m.seen.round)
             if m.ballot == self._ballot and m.seen > self._ballot:
                 self._pause_until(min(self.next_try, now + self._ceiling() * self._rng.random()))
         elif isinstance(m, Promise) and m.ballot == self._ballot and self._proposal is None:

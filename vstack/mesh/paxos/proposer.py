@@ -63,6 +63,9 @@ from vstack.mesh.messages import (
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.paxos.change import apply
 
+MAX_ROUND = 1 << 40
+"""No proposer gets as far: a refusal that names a later round is nonsense, and not to be outbid."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -79,6 +82,8 @@ class Timing:
     """Attempts lost to one live rival after which it is asked to do the operations."""
     forwarded: float = 0.5
     """How long to wait for it, before the next attempt of one's own."""
+    unheard: float = 0.25
+    """How often to look whether the epoch that a key names has been adopted: `on_epoch` looks at once."""
 
 
 class Phase(Enum):
@@ -269,7 +274,7 @@ class Proposer:
     def give_up(self, epoch: int) -> None:
         """No chain leads to `epoch`, which some keys name: their operations end, instead of waiting."""
         for key, state in list(self._keys.items()):
-            if key_epoch(key) == epoch and state.attempt is None:
+            if key_epoch(key) >= epoch and state.attempt is None:
                 for w in state.queue:
                     self._finish(w, Unknown(f"no configuration of epoch {epoch} is known"))
                 state.queue = []
@@ -402,7 +407,9 @@ class Proposer:
             return
         if self._is_unheard_of(key):
             self.acceptor.epoch_wanted = max(self.acceptor.epoch_wanted, key_epoch(key))
-            self._pause(key, state, waiting, now)
+            state.queue[:0] = waiting
+            state.paused_until = now + self.timing.unheard
+            self._at(state.paused_until, key, None)
             return
         epoch = self.view.epoch
         if not state.full_way and all(w.op.expect is None for w in waiting):
@@ -540,7 +547,8 @@ class Proposer:
     def _on_nack(self, state: KeyState, attempt: Attempt, sender: NodeId, m: Nack, now: float) -> None:
         if m.seen == attempt.ballot and m.epoch == attempt.ballot.epoch:
             return  # a late copy of this attempt's own Prepare: the sender has accepted since
-        self._round = max(self._round, m.seen.round)
+        if m.seen.round < MAX_ROUND:
+            self._round = max(self._round, m.seen.round)
         if m.epoch > self.view.epoch:
             self.acceptor.epoch_wanted = max(self.acceptor.epoch_wanted, m.epoch)
         attempt.refused.add(sender)

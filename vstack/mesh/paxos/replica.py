@@ -144,7 +144,7 @@ class Replica:
         """Who is to be asked for the chain after `view.epoch`. The caller empties it."""
         self.changes: list[tuple[Hashable, MeshChanged | Failure]] = []
         """What became of proposed changes, by their tag. The caller empties it."""
-        self.counters = dict.fromkeys(("epochs", "settle_reads", "held", "dropped_subjects"), 0)
+        self.counters = dict.fromkeys(("epochs", "settle_reads", "held", "dropped_subjects", "unlistable"), 0)
         self._storage = storage
         self._rng = rng
         self._kindness = kindness
@@ -154,6 +154,8 @@ class Replica:
         """Nodes that spoke of an epoch newer than ours, and which."""
         self._unanswered: dict[NodeId, int] = {}
         """Questions to nodes in `_wanted_from` since they last answered."""
+        self._so_far: list[Config] = []
+        """The beginning of a mesh's chain, before a configuration in it names this node."""
         self._fetch_at = 0.0
         self._rounds = Rounds()
         self._decree: Decree | None = None
@@ -227,7 +229,7 @@ class Replica:
         if isinstance(m, (Prepare, Accept, Read, Creates)):
             self._on_request(reply_to, sender, m, now)
         elif isinstance(m, Forward):
-            if m.op.key == m.key:
+            if m.op.key == m.key and not m.key.startswith(CONFIG_KEY):
                 tag = ForwardedBy(sender, m.key, m.token)
                 self.proposer.submit(m.op, now, now + FORWARD_PATIENCE, tag, forwarded=True)
         elif isinstance(m, Told):
@@ -327,14 +329,16 @@ class Replica:
     def on_chain(self, sender: NodeId, configs: Sequence[Config], now: float) -> list[Config]:
         """The decided chain, or a part of it, as another node has it. Returns what was adopted."""
         self._unanswered.pop(sender, None)
-        new: list[Config] = []
-        epoch = self.view.epoch
+        new = self._so_far
+        epoch = self.chain_end
         for config in sorted(configs, key=lambda c: c.epoch):
             if config.epoch == epoch + 1:
                 new.append(config)
                 epoch += 1
-        if self.view.epoch == 0 and not (new and any(c.member(self.me) for c in new)):
-            new = []  # a mesh that this node is not a member of
+        self._so_far = []
+        if self.view.epoch == 0 and not any(c.member(self.me) for c in new):
+            # A mesh that this node is not a member of, or the beginning of a chain that comes in parts.
+            self._so_far, new = new, []
         if new:
             self.adopt(new, now)
         if self._wanted_from.get(sender, 0) > self.view.epoch:
@@ -344,6 +348,11 @@ class Replica:
             if not new:
                 self.proposer.give_up(wanted)
         return new
+
+    @property
+    def chain_end(self) -> int:
+        """The epoch up to which the chain is known here, be it adopted or not."""
+        return self._so_far[-1].epoch if self._so_far else self.view.epoch
 
     def adopt(self, configs: Sequence[Config], now: float) -> None:
         """Decided successors of the newest configuration: durable, and in force, when this returns."""
@@ -501,7 +510,13 @@ class Replica:
         for _ in range(SETTLE_PAGES):
             if self._cursor is None or len(self._settling) >= SETTLE_WINDOW or now < self._pass_from:
                 break
-            page = self._storage.keys(self._cursor, SETTLE_WINDOW)
+            try:
+                page = self._storage.keys(self._cursor, SETTLE_WINDOW)
+            except DamagedData:
+                # What cannot be listed cannot be said to be settled: others have to do without this node.
+                self.counters["unlistable"] = 1
+                self._pass_from = now + SETTLE_PATIENCE
+                break
             for key in page:
                 if key.startswith(CONFIG_KEY) or len(self.view.eras(key)) == 1:
                     continue
