@@ -73,6 +73,15 @@ def flip(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+class FirstFails(Disk):
+    """Superblock 1 cannot be synced."""
+
+    def sync(self, fd: int) -> None:
+        if Path(f"/proc/self/fd/{fd}").readlink().stem == "0000000001":
+            raise OSError(errno.EIO, "Input/output error")
+        super().sync(fd)
+
+
 def test_dead_space_comes_back_and_what_lives_is_unchanged(tmp_path: Path) -> None:
     store = open_store(tmp_path, superblock_bytes=LIMIT)
     store.put([big(n) for n in range(40)])
@@ -208,12 +217,6 @@ def test_a_tombstone_learns_of_an_older_record_that_could_not_be_read_before_it(
     store.close()
     shutil.rmtree(tmp_path / "index")
 
-    class FirstFails(Disk):
-        def sync(self, fd: int) -> None:
-            if Path(f"/proc/self/fd/{fd}").readlink().stem == "0000000001":
-                raise OSError(errno.EIO, "Input/output error")
-            super().sync(fd)
-
     store = open_store(tmp_path, FirstFails(), superblock_bytes=LIMIT)
     assert store.stats().read_only_superblocks == 1
     store.close()
@@ -235,10 +238,14 @@ def test_a_retired_superblock_is_evacuated(tmp_path: Path) -> None:
     store.put([big(1)])
     disk.errors.clear()
     store.put([big(2)])
+    store.delete([key_of(2)])
+    assert store.stats().tombstones == 1
+    store.put([big(n) for n in range(3, 9)])
     compact(store)
-    assert numbers(tmp_path) == [2]
+    assert 1 not in numbers(tmp_path)
     assert store.stats().read_only_superblocks == 0
-    assert set(contents(store)) == {key_of(0), key_of(2)}
+    assert set(contents(store)) == {key_of(0), *(key_of(n) for n in range(3, 9))}
+    assert figures(store.stats()) == recount(tmp_path)
     store.close()
 
 
@@ -447,6 +454,20 @@ def test_a_superblock_is_not_unlinked_while_a_row_points_to_it(
     assert numbers(tmp_path)[0] == 1
     assert contents(store) == {key_of(n): big(n).payload for n in range(2, 6)}
     assert figures(store.stats()) == recount(tmp_path)
+    store.close()
+
+
+def test_a_superblock_that_was_not_indexed_to_its_end_is_kept(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(7)])
+    store.close()
+    shutil.rmtree(tmp_path / "index")
+    store = open_store(tmp_path, FirstFails(), superblock_bytes=LIMIT)
+    assert set(contents(store)) == {key_of(n) for n in range(4, 7)}
+    compact(store)
+    store.close()
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    assert set(contents(store)) == {key_of(n) for n in range(7)}
     store.close()
 
 

@@ -1,7 +1,8 @@
 """Gives back the space of dead records: copies what is live in a superblock elsewhere, then unlinks it.
 
 It decides which superblock is worth it, and when one may go. A sealed superblock is compacted when a quarter
-of it is dead, or when it was retired; the one with the highest number never is.
+of it is dead, or at once when it holds something unknown: it was retired, or has damaged records. (As long
+as it stays, no tombstone may go.) The one with the highest number never is.
 
 Steps, each of which a crash may interrupt without loss:
 
@@ -90,7 +91,7 @@ class Compaction:
             if state.given_up:
                 continue
             size = max(state.watermark - FILE_HEADER_BYTES, 1)
-            dead = 1.0 if state.retired else state.dead_bytes / size
+            dead = 1.0 if state.holds_unknown else state.dead_bytes / size
             if (dead >= DEAD_SHARE or not state.live_bytes) and dead >= share:
                 best, share = number, dead
         return best
@@ -215,6 +216,8 @@ class Compaction:
         with self._lock:
             update = Update(self._index)
             update.remove_superblock(number)
+            if state.holds_unknown:  # it alone may have kept any tombstone
+                buried = {key for key, _ in self._index.tombstones()}
             for key in buried:
                 update.drop_if_useless(key)
             update.commit(self._index.next_sequence)

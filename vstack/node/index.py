@@ -38,6 +38,7 @@ RocksDB's errors have no class of their own, hence the `except Exception` here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import struct
@@ -263,8 +264,12 @@ class Index:
 
     def disk_bytes(self) -> int:
         """What the index itself takes on disk."""
+        total = 0
         with os.scandir(self._folder) as entries:
-            return sum(entry.stat().st_size for entry in entries)
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # RocksDB removes files as it goes
+                    total += entry.stat().st_size
+        return total
 
     def pieces(self, prefix: bytes, after: bytes) -> Iterator[tuple[bytes, PieceRow]]:
         """The pieces whose packed keys begin with `prefix` and lie above `after`, in order."""

@@ -5,8 +5,8 @@ superblocks are the truth. Each file whose size is its watermark is fully accoun
 cuts the preallocated space off, so that all of them are); of any other, the rest is scanned, synced,
 indexed, and the file sealed: it takes no more records. A file that the index has never heard of is read by
 its hints if they are good. What compaction had not finished is finished: a doomed superblock is unlinked.
-Last, when the index was made anew, by this start or one that was interrupted, tombstones that keep nothing
-from coming back are dropped.
+Last, when the index was made anew, by this start or one that was interrupted, or a superblock has become
+readable, tombstones that keep nothing from coming back are dropped.
 
 A crash in here loses nothing: watermarks advance together with their rows, and the next start goes on
 from there. Nothing but trailing zeros is cut off.
@@ -101,7 +101,7 @@ def open_store(disk: Disk, index_folder: Path, folder: Path, progress: Progress 
             done += file.size
             if progress is not None:
                 progress(done, total)
-        if removed or not index.is_complete():
+        if removed or start.resolved or not index.is_complete():
             start.drop_useless_tombstones()
             index.mark_complete()
         resume = start.resume(files[-1]) if files else None
@@ -205,6 +205,8 @@ class _Start:
         self.bytes = 0
         self.torn = 0
         self.hinted = 0
+        self.resolved = False
+        """A superblock that could not be read at an earlier start is known now."""
         self.next_sequence = index.next_sequence
         self._disk = disk
         self._folder = folder
@@ -299,6 +301,7 @@ class _Start:
 
     def _scan(self, number: int, state: SuperblockState, fd: int) -> None:
         update = self._update(number, state)
+        self.resolved |= state.retired
         for item in scan(self._disk, fd, state.salt, state.watermark):
             match item:
                 case Found(offset, record):
