@@ -72,7 +72,7 @@ class Recount(NamedTuple):
 def recount(folder: Path) -> Recount:
     disk = Disk()
     latest: dict[bytes, tuple[int, int, Record]] = {}
-    lowest: dict[bytes, int] = {}
+    stored: set[bytes] = set()
     damaged = written = hints = 0
     for path in superblocks(folder):
         fd = os.open(path, os.O_RDONLY)
@@ -87,14 +87,15 @@ def recount(folder: Path) -> Recount:
                 hints += item.record.size
             else:
                 record = item.record
-                lowest[record.key] = min(record.sequence, lowest.get(record.key, record.sequence))
+                if record.kind == Kind.DATA:
+                    stored.add(record.key)
                 place = (record.sequence, header.number, record)
                 latest[record.key] = max(latest.get(record.key, place), place)
         os.close(fd)
     live = [
         record
         for key, (_, _, record) in latest.items()
-        if record.kind == Kind.DATA or damaged or lowest[key] < record.sequence
+        if record.kind == Kind.DATA or damaged or key in stored
     ]
     pieces = [record for record in live if record.kind == Kind.DATA]
     live_bytes = sum(record.size for record in live)

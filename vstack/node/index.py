@@ -17,9 +17,9 @@ Rows; numbers are big-endian:
     "q" packed key (82)       quarantined piece: found damaged; as "p"
     "t" packed key (82)       tombstone: superblock, offset, sequence (8 each), older (8 each)
 
-A key has one of "p", "q", "t", or none. *Older* are the superblocks that hold further records of the key,
-all of them dead; some may be gone by now. A tombstone matters as long as one of them is on disk: without it
-a rebuild would bring the piece back. It also matters while any superblock holds something unknown (damaged
+A key has one of "p", "q", "t", or none. *Older* are the superblocks that hold further data records of the
+key, all of them dead; some may be gone by now. A tombstone matters as long as one of them is on disk: without
+it a rebuild would bring the piece back. It also matters while any superblock holds something unknown (damaged
 records, what a failed write left), for that may be an older record of the key.
 
 Invariants. A row is written only after its record is on disk. The *watermark* of a superblock is the end
@@ -101,7 +101,7 @@ class PieceRow(NamedTuple):
     m: int
     sha256: bytes
     older: tuple[int, ...] = ()
-    """Superblocks that hold, or held, further records of the key."""
+    """Superblocks that hold, or held, further data records of the key."""
 
     def pack(self) -> bytes:
         return _PIECE.pack(*self[:-1]) + _pack_older(self.older)
@@ -354,9 +354,11 @@ class Update:
         older: tuple[int, ...] = ()
         if held is not None:
             if (held.sequence, held.superblock) >= (sequence, number):
-                self._put(key, held._replace(older=self._on_disk(held.older, number)))
+                if kind == Kind.DATA:
+                    self._put(key, held._replace(older=self._on_disk((*held.older, number))))
                 return False
-            older = self._on_disk(held.older, held.superblock)
+            buried = (held.superblock,) if isinstance(held, PieceRow) else ()
+            older = self._on_disk((*held.older, *buried))
             self._forget(key, held)
         if kind == Kind.DATA:
             self._put(
@@ -482,9 +484,9 @@ class Update:
         else:
             self._count(row.superblock, -1, 0, row.length)
 
-    def _on_disk(self, numbers: tuple[int, ...], more: int) -> tuple[int, ...]:
-        """Those of `numbers` and `more` that are superblocks still."""
-        return tuple(sorted({n for n in (*numbers, more) if n in self._states}))
+    def _on_disk(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        """Those that are superblocks still, each once."""
+        return tuple(sorted({n for n in numbers if n in self._states})) if numbers else ()
 
     def _set(self, number: int, state: SuperblockState) -> None:
         self._states[number] = state
