@@ -19,7 +19,8 @@ from vstack.errors import UsageError, VstackError
 from vstack.mesh.registers import PieceKey
 from vstack.node.disk import Disk
 from vstack.node.hints import read_hints
-from vstack.node.index import Index, IndexDamaged, PieceRow
+from vstack.node.index import Index, IndexDamaged
+from vstack.node.rows import PieceRow
 from vstack.node.scan import Damage, Found, Tail, scan
 from vstack.node.superblock import (
     FILE_HEADER_BYTES,

@@ -35,10 +35,11 @@ from vstack.errors import VstackError
 from vstack.node.disk import Disk
 from vstack.node.files import OpenFiles
 from vstack.node.hints import read_hints
-from vstack.node.index import Index, PieceRow, SuperblockState, TombstoneRow, Update
+from vstack.node.index import Index
 from vstack.node.log import Log, Write
 from vstack.node.pieces import StoreFull
 from vstack.node.room import Purpose
+from vstack.node.rows import PieceRow, SuperblockState, TombstoneRow
 from vstack.node.scan import Found, scan
 from vstack.node.superblock import (
     FILE_HEADER_BYTES,
@@ -48,6 +49,7 @@ from vstack.node.superblock import (
     superblock_path,
     trailer,
 )
+from vstack.node.update import Update
 
 log = logging.getLogger(__name__)
 

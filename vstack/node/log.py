@@ -22,11 +22,13 @@ from pathlib import Path
 from vstack.errors import VstackError
 from vstack.node import hints
 from vstack.node.disk import NO_SPACE, Disk
-from vstack.node.index import IndexWriteFailed, SuperblockState, Update
+from vstack.node.index import IndexWriteFailed
 from vstack.node.pieces import StoreFull, WriteFailed
 from vstack.node.recovery import Opened
 from vstack.node.room import Purpose, keep_free
+from vstack.node.rows import SuperblockState
 from vstack.node.superblock import FILE_HEADER_BYTES, Appender, FileHeader, NoRoom, Record, new_salt
+from vstack.node.update import Update
 
 log = logging.getLogger(__name__)
 

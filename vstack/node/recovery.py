@@ -29,12 +29,11 @@ from vstack.node.hints import Hints, read_hints, walk
 from vstack.node.index import (
     Index,
     IndexDamaged,
-    SuperblockState,
-    Update,
     collect_discarded,
     delete_index,
 )
 from vstack.node.pieces import StartReport
+from vstack.node.rows import SuperblockState
 from vstack.node.scan import Damage, Found, Tail, scan
 from vstack.node.superblock import (
     FILE_HEADER_BYTES,
@@ -44,6 +43,7 @@ from vstack.node.superblock import (
     superblock_numbers,
     superblock_path,
 )
+from vstack.node.update import Update
 
 log = logging.getLogger(__name__)
 

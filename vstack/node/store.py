@@ -37,7 +37,7 @@ from vstack.mesh.registers import PieceKey
 from vstack.node.compaction import Compaction
 from vstack.node.disk import Disk
 from vstack.node.files import OpenFiles
-from vstack.node.index import IndexWriteFailed, PieceRow, Update
+from vstack.node.index import IndexWriteFailed
 from vstack.node.log import Log, Write
 from vstack.node.pieces import (
     Holding,
@@ -54,6 +54,7 @@ from vstack.node.pieces import (
 )
 from vstack.node.recovery import Progress, claim_store, open_store
 from vstack.node.room import Purpose
+from vstack.node.rows import PieceRow
 from vstack.node.scrub import Scrub
 from vstack.node.superblock import (
     RECORD_HEADER_BYTES,
@@ -63,6 +64,7 @@ from vstack.node.superblock import (
     record_size,
     trailer,
 )
+from vstack.node.update import Update
 
 __all__ = [
     "ChunkStore",
