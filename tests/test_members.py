@@ -179,7 +179,7 @@ def test_a_node_that_was_removed_while_it_was_off_ends_and_may_come_back_as_a_ne
         away.stop()
         rest = peers_of(*mesh.nodes[:2])
         refused = vstack("mesh", "remove", old, peers=rest)
-        refused.failed_with(5, "--yes")
+        refused.failed_with(2, "--yes")
         assert vstack("mesh", "remove", old, "--yes", peers=rest).code == 0
         other = join(mesh, spares, 4)
         wait_settled(rest)
@@ -281,6 +281,40 @@ def test_a_drained_node_votes_no_more_and_gets_no_new_pieces(tmp_path: Path) -> 
 async def _config(mesh: MeshClient) -> object:
     await mesh.refresh()
     return mesh.config
+
+
+def test_the_member_with_the_lowest_id_may_be_switched_off_when_the_command_says_so(tmp_path: Path) -> None:
+    """It is asked first, and may be the only one that knows of its removal when it answers."""
+    with running_mesh(tmp_path, 4) as mesh:
+        with_client(mesh, write_all)
+        leaver, *rest = sorted(mesh.nodes, key=lambda n: n.node)
+        said = vstack("mesh", "remove", leaver.node, peers=peers_of(*mesh.nodes))
+        assert said.code == 0, said
+        leaver.kill()
+        told = vstack("mesh", "plan", "--json", peers=peers_of(*rest)).json["moving"]
+        assert isinstance(told, dict)
+        assert told["done"]
+        assert told["leaving"] == []
+        check(peers_of(*rest))
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_a_node_that_waits_with_nobody_who_is_a_member_is_let_in_by_an_operator(
+    tmp_path: Path, spares: list[LocalNode], keys: bool
+) -> None:
+    folder = tmp_path / "keys" if keys else None
+    with running_mesh(tmp_path / "mesh", 3, keys=folder) as mesh:
+        node = spare(mesh, 9)
+        spares.append(node)
+        nobody = "127.0.0.1:9"
+        node.start((node.address, nobody), detach=False, extra=mesh.options)
+        said = vstack("mesh", "add", node.address, peers=peers_of(*mesh.nodes), key=mesh.client_key)
+        assert said.code == 0, said
+        node.wait_ready()
+        told = vstack("nodes", "--json", peers=node.address, key=mesh.client_key).json["nodes"]
+        assert isinstance(told, list)
+        assert len(told) == 4
+        assert all(n["answers"] for n in told)
 
 
 def test_the_last_voting_node_cannot_leave(tmp_path: Path) -> None:

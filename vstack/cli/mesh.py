@@ -11,10 +11,12 @@ from vstack.cli import show
 from vstack.client import members
 from vstack.client.members import Moving
 from vstack.client.mesh_client import MeshClient
-from vstack.errors import BadInput, MeshUnavailable, UsageError, VstackError
+from vstack.errors import MeshUnavailable, UsageError, VstackError
 from vstack.mesh.changes import DrainMember, MeshChange, RemoveMember
 from vstack.mesh.config import Config
 
+SERVES_WITHIN = 60.0
+"""Seconds that a new member has to adopt the configuration that names it."""
 SETTLE_WITHIN = 300.0
 """Seconds that a command waits for votes to move."""
 
@@ -62,6 +64,7 @@ async def add(mesh: MeshClient, options: argparse.Namespace) -> int:
     """Lets in the node that waits at an address."""
     change = await members.addition(mesh, options.address)
     epoch = await mesh.change_mesh(change)
+    await members.until_serving(mesh, change.member.node, epoch, SERVES_WITHIN)
     return await _finish(mesh, options, epoch, f"node {change.member.node[:8]} is a member")
 
 
@@ -155,11 +158,11 @@ async def _wait_for_the_last(mesh: MeshClient, options: argparse.Namespace) -> N
         await _until_settled(mesh, "an earlier change")
 
 
-async def _until_settled(mesh: MeshClient, label: str) -> None:
+async def _until_settled(mesh: MeshClient, label: str, epoch: int = 0) -> None:
     with show.counting(f"{label}: votes are moving") as bar:
         most = 1
         began = monotonic()
-        async for now in members.until_settled(mesh):
+        async for now in members.until_settled(mesh, epoch):
             if monotonic() - began > SETTLE_WITHIN:
                 raise MeshUnavailable(
                     f"votes are still moving after {SETTLE_WITHIN:.0f} s: `vstack mesh plan` says for whom "
@@ -172,11 +175,11 @@ async def _until_settled(mesh: MeshClient, label: str) -> None:
 
 async def _finish(mesh: MeshClient, options: argparse.Namespace, epoch: int, done: str) -> int:
     if not options.no_wait:
-        await _until_settled(mesh, "this change")
+        await _until_settled(mesh, "this change", epoch)
     now = await members.moving(mesh)
     if options.json:
         show.print_json({"epoch": epoch, "moving": _moving_json(now), "members": _members_json(mesh.config)})
-    elif now.done:
+    elif now.done and now.epoch >= epoch:
         show.out.print(f"{done} (epoch {epoch})")
     else:
         show.out.print(
@@ -191,11 +194,11 @@ async def _must_not_lose_pieces(mesh: MeshClient, node: str, options: argparse.N
     try:
         pieces = int((await mesh.status(node)).store["pieces"])
     except VstackError as e:
-        raise BadInput(
+        raise UsageError(
             f"node {node[:8]} does not say what it holds ({e}). If it is gone for good, repeat with --yes"
         ) from e
     if pieces:
-        raise BadInput(
+        raise UsageError(
             f"node {node[:8]} still holds {pieces} pieces, which would be missing. If enough copies are "
             "elsewhere (`vstack info VIDEO`), repeat with --yes"
         )
@@ -224,6 +227,8 @@ def _show_moving(now: Moving, config: Config) -> None:
         show.out.print(
             f"  epoch {epoch} is open until some of these are through: {', '.join(n[:8] for n in nodes)}"
         )
+    if not now.done and not now.waiting:
+        show.out.print("  votes have moved; the older epochs are being closed")
     if now.done:
         show.out.print("  nothing is moving")
 

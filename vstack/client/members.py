@@ -131,12 +131,15 @@ async def _status(mesh: MeshClient, node: NodeId) -> Status | None:
         return None
 
 
-async def until_settled(mesh: MeshClient) -> AsyncIterator[Moving]:
-    """How far the mesh is, again and again, until the votes have moved."""
+async def until_settled(mesh: MeshClient, epoch: int = 0) -> AsyncIterator[Moving]:
+    """How far the mesh is, again and again, until the votes have moved after a change.
+
+    `epoch`: that of the change. Until some node that is left knows of it, nothing is done.
+    """
     while True:
         now = await moving(mesh)
         yield now
-        if now.done:
+        if now.done and now.epoch >= epoch:
             return
         await asyncio.sleep(0.3)
 
@@ -161,6 +164,22 @@ async def addition(mesh: MeshClient, address: str) -> AddMember:
             f"the node at {address} belongs to mesh {hello.mesh[:8]}: give it an empty data folder"
         )
     return AddMember(Member(hello.node, address, hello.zone, hello.weight, hello.key))
+
+
+async def until_serving(mesh: MeshClient, node: NodeId, epoch: int, within: float) -> None:
+    """Returns when a new member has adopted the configuration that names it. Raises MeshUnavailable."""
+    deadline = monotonic() + within
+    while True:
+        await mesh.refresh()
+        status = await _status(mesh, node)
+        if status is not None and status.mesh == mesh.mesh and status.epoch >= epoch:
+            return
+        if monotonic() > deadline:
+            raise MeshUnavailable(
+                f"node {node[:8]} is a member since epoch {epoch}, but does not serve after {within:.0f} s: "
+                "look at its log, or take it out again with `vstack mesh remove`"
+            )
+        await asyncio.sleep(0.3)
 
 
 async def remove(mesh: MeshClient, member: Member) -> int:
@@ -190,10 +209,11 @@ async def recover(mesh: MeshClient, lost: Sequence[NodeId]) -> Recovered:
         if 2 * len(new.members) > len(view.config.members):
             await mesh.change_mesh(GiveUp(new.lost))
         else:
+            await _must_all_be_ready(mesh, new)
             await asyncio.gather(*(_force(mesh, m, new) for m in new.members))
             mesh.config = new
     await mesh.refresh()
-    async for _ in until_settled(mesh):
+    async for _ in until_settled(mesh, view.epoch + 1):
         pass
     eras = [c for c in view.chain() if gone & set(c.voters)]
     listing = await mesh.list("video/")
@@ -203,6 +223,29 @@ async def recover(mesh: MeshClient, lost: Sequence[NodeId]) -> Recovered:
     for member in mesh.members:
         held |= await _holdings(mesh, member.node)
     return Recovered(mesh.config.epoch, tuple(doubtful), tuple(sorted(held - known)))
+
+
+async def _must_all_be_ready(mesh: MeshClient, new: Config) -> None:
+    """Before anything is forced: every node that is left answers, is in the epoch before, and counts the
+    lost ones as down. Raises MeshUnavailable: then nothing was changed."""
+    deadline = monotonic() + FORCE_WITHIN
+    while True:
+        why = ""
+        for member in new.members:
+            status = await _status(mesh, member.node)
+            if status is None:
+                why = f"node {member.node[:8]} at {member.address} does not answer"
+            elif status.epoch != new.epoch - 1:
+                why = f"node {member.node[:8]} is in epoch {status.epoch}, not {new.epoch - 1}"
+            else:
+                alive = [p.node for p in status.peers if p.node in new.lost and p.state != "down"]
+                if alive:
+                    why = f"node {member.node[:8]} does not count {alive[0][:8]} as down: it may not be lost"
+        if not why:
+            return
+        if monotonic() > deadline:
+            raise MeshUnavailable(f"nothing was changed: {why}. Every node that is not given up must agree")
+        await asyncio.sleep(0.5)
 
 
 def _majority_lost(config: Config, video: str, gone: set[NodeId]) -> bool:
@@ -219,6 +262,8 @@ async def _force(mesh: MeshClient, member: Member, config: Config) -> None:
                 return
             why: VstackError = MeshUnavailable("a strange answer")
         except (NoAnswer, Refused) as e:
+            if isinstance(e, Refused) and e.code == "forbidden":
+                raise
             why = e
         if monotonic() > deadline:
             raise MeshUnavailable(

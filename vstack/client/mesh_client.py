@@ -256,7 +256,9 @@ class MeshClient:
                     if not overtaken:
                         raise
                     continue
-                return _expect(MeshChanged, answer).epoch
+                made = _expect(MeshChanged, answer).epoch
+                self._newer = max(self._newer, made)
+                return made
             await asyncio.sleep(0.1)
 
     async def _learn_whether_made(

@@ -29,7 +29,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from vstack.errors import MeshUnavailable, VstackError
+from vstack.errors import MeshUnavailable, UsageError, VstackError
 from vstack.mesh.keys import ClientKey, short
 from vstack.mesh.messages import PROTOCOL_VERSION, Body, Failure, Header, Hello, HelloRequired, decode, encode
 from vstack.mesh.transport import (
@@ -66,6 +66,8 @@ class Refused(VstackError):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.text)
         self.code = failure.code
+        if failure.code == "forbidden":
+            self.exit_code = UsageError.exit_code
 
 
 @dataclass(slots=True, frozen=True)

@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--rejoin",
         action="store_true",
         default=None,
-        help="set retired or damaged votes aside and join as a new member; the pieces stay",
+        help="set retired or damaged votes aside and join as a new member; the pieces stay on the disk",
     )
     p.add_argument(
         "--found", action="store_true", default=None, help="found a mesh of one, whatever the peers say"
@@ -188,7 +188,7 @@ def is_loopback(host: str) -> bool:
 def claim(folder: Path) -> int:
     """Makes the data directory and holds it for this process. Raises DataInUse, NotOurMesh, UsageError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = {entry.name for entry in folder.iterdir()}
         if names and not names & {"lock", "votes"}:
             raise NotOurMesh(f"{folder} is not empty and was not made by vstack-node: name another --data")

@@ -34,6 +34,8 @@ HELLO_EVERY = 0.3
 """Seconds between two hellos to an address where nobody has answered yet, or while there is no mesh."""
 LINKS_EVERY = 0.05
 """Seconds between two looks at all connections, while nothing calls for one earlier."""
+MAX_INVITED = 16
+"""Callers that a node without a mesh calls back."""
 RECONNECT_AFTER = 5.0
 """Seconds without any answer after which a connection is made anew, under another routing id."""
 
@@ -64,6 +66,8 @@ class Peers:
         self.introduced = False
         """Somebody has been met, or was waited for long enough: the seeds are not asked any more."""
         self.counters: Counter[str] = Counter()
+        self._invited: dict[str, None] = {}
+        """Addresses of members that called while this node had no mesh: there it may be one already."""
         self._settings = settings
         self._votes = votes
         self._view = view
@@ -92,7 +96,7 @@ class Peers:
         found.pop(self.me, None)
         addresses = set(found.values())
         if self.founding or not self.introduced:
-            addresses |= set(self.seeds)
+            addresses |= {*self.seeds, *(self._invited if self.founding else ())}
             if not self.founding:
                 addresses.discard(self._settings.advertise)
         return addresses
@@ -119,6 +123,8 @@ class Peers:
         """Whether to talk to whoever says this hello."""
         if hello.mesh and self.mesh and hello.mesh != self.mesh:
             return Failure("wrong-mesh", f"this node is of mesh {self.mesh[:8]}, not {hello.mesh[:8]}")
+        if self.founding and hello.role == "node" and hello.mesh and len(self._invited) < MAX_INVITED:
+            self._invited[hello.address] = None
         if hello.role == "node":
             if len(hello.node) != 32:
                 return Failure("refused", "a node says hello with its NodeId of 32 hex digits")
