@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 
 from vstack.cli import show
 from vstack.client.catalogue import Video, chunk_table, delete_video, find_video, list_videos, views
 from vstack.client.downloader import media_of
+from vstack.client.fetcher import holders, init_record
 from vstack.client.mesh_client import MeshClient
+from vstack.client.pieces import what
 from vstack.errors import MeshUnavailable
+from vstack.mesh.config import Config, NodeId
 from vstack.mesh.placement import shortfall, wanted_scheme
-from vstack.mesh.registers import ChunkRecord
+from vstack.mesh.registers import ChunkRecord, Place
 
 VIEW_DAYS = 30
 """Days over which `info` counts views."""
@@ -45,7 +49,8 @@ async def ls(mesh: MeshClient, options: argparse.Namespace) -> int:
         elif listing.complete:
             show.err.print("no videos yet: `vstack put FILE` stores one")
         if not listing.complete:
-            show.warn(f"{len(listing.silent)} nodes did not answer: there are more videos, or there may be")
+            silent = show.count(len(listing.silent), "node")
+            show.warn(f"{silent} did not answer: there are more videos, or there may be")
     return 0 if listing.complete else MeshUnavailable.exit_code
 
 
@@ -72,7 +77,12 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
     schemes = Counter(c.scheme for c in table)
     wanted = wanted_scheme(r.redundancy)
     short = sorted({shortfall(wanted, s) for s in schemes} - {""})
-    stored = sum(len(c.places) * -(-c.entry.size // c.scheme.k) for c in table)
+    needed = [*table, *([] if r.init is None else [init_record(r.init)])]
+    if any(mesh.config.member(p.node) is None for c in needed for p in c.places):
+        await mesh.refresh()  # the node may be a newer member than this client knows
+    config = mesh.config
+    stored = sum(_on(c, config.nodes) * -(-c.entry.size // c.scheme.k) for c in table)
+    lost = [c for c in needed if not readable(c, config.nodes)]
     tick = media.clock[0] / media.clock[1]
     if options.json:
         show.print_json(
@@ -91,29 +101,33 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
                 "piece_bytes": stored,
                 "views": seen,
                 "warnings": short,
-                "chunk_table": [_chunk_json(c, tick) for c in table],
+                "missing": len(lost),
+                "chunk_table": [_chunk_json(c, tick, config.nodes) for c in table],
             }
         )  # fmt: skip
         return 0
     show.out.print(f"{show.plain(r.title)}\n  id          {video.id}")
-    show.out.print(f"  length      {show.clock(video.seconds)} ({video.seconds:.3f} s), {r.chunks} chunks")
+    show.out.print(
+        f"  length      {show.clock(video.seconds)} ({video.seconds:.3f} s), {show.count(r.chunks, 'chunk')}"
+    )
     show.out.print(
         f"  size        {show.size(r.size)}; pieces {show.size(stored)} = {stored / max(1, r.size):.2f} x"
     )
     for t in media.tracks:
         shape = f" {t.width}x{t.height}" if t.width else f" {t.sample_rate} Hz" if t.sample_rate else ""
         show.out.print(f"  {t.kind:<11} {t.codec}{shape} {t.language}".rstrip())
-    said = ", ".join(f"{n} chunks as {s.name}" for s, n in schemes.items())
+    said = ", ".join(f"{show.count(n, 'chunk')} as {s.name}" for s, n in schemes.items())
     show.out.print(f"  redundancy  {r.redundancy}: {said}")
     show.out.print(f"  views       {seen} in the last {VIEW_DAYS} days")
-    show.out.print(f"  survives    {_survives(mesh, table)}")
-    for line in (*short, *(f"not kept of the source: {x}" for x in media.lost)):
+    show.out.print(f"  survives    {survives(config, needed)}")
+    for line in (*_lost_line(lost), *short, *(f"not kept of the source: {x}" for x in media.lost)):
         show.warn(line)
     rows = [
         (
             str(c.entry.index), f"{c.entry.start * tick:.3f}", f"{c.entry.duration * tick:.3f}",
             show.size(c.entry.size), c.scheme.name,
-            " ".join(p.node[:8] for p in c.places),
+            " ".join(holder(p, config.nodes) for p in c.places)
+            + ("" if readable(c, config.nodes) else "  cannot be read"),
         )
         for c in table
     ]  # fmt: skip
@@ -121,29 +135,66 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
     return 0
 
 
-def _chunk_json(c: ChunkRecord, tick: float) -> dict[str, object]:
+def _chunk_json(c: ChunkRecord, tick: float, nodes: Sequence[NodeId]) -> dict[str, object]:
     return {
         "index": c.entry.index, "start_s": c.entry.start * tick, "seconds": c.entry.duration * tick,
         "bytes": c.entry.size, "sha256": c.entry.sha256.hex(), "dependent": c.entry.dependent,
-        "k": c.scheme.k, "m": c.scheme.m,
-        "places": [{"node": p.node, "piece": p.piece, "sha256": p.sha256.hex()} for p in c.places],
+        "k": c.scheme.k, "m": c.scheme.m, "readable": readable(c, nodes),
+        "places": [
+            {"node": p.node, "piece": p.piece, "sha256": p.sha256.hex(), "gone": p.node not in nodes}
+            for p in c.places
+        ],
     }  # fmt: skip
 
 
-def _survives(mesh: MeshClient, table: list[ChunkRecord]) -> str:
-    """How many nodes may be lost, and whether pieces or votes set the limit."""
-    votes = (mesh.config.g - 1) // 2
-    pieces = votes + 1 if not table else len(mesh.members)
-    for c in table:
-        held = sorted(Counter(p.node for p in c.places).values(), reverse=True)
-        lost = 0
-        while lost < len(held) and sum(held[lost + 1 :]) >= c.scheme.k:
-            lost += 1
-        pieces = min(pieces, lost)
+def _on(c: ChunkRecord, nodes: Sequence[NodeId]) -> int:
+    """How many pieces of a chunk lie on `nodes`: copies, or different fragments."""
+    return len(holders(c, nodes))
+
+
+def readable(c: ChunkRecord, nodes: Sequence[NodeId]) -> bool:
+    """Whether enough pieces of a chunk lie on `nodes`."""
+    return _on(c, nodes) >= c.scheme.k
+
+
+def holder(place: Place, nodes: Sequence[NodeId]) -> str:
+    """The node of a piece as the table names it: marked if it is none of `nodes`."""
+    return ("" if place.node in nodes else "gone:") + place.node[:8]
+
+
+def survives(config: Config, needed: Sequence[ChunkRecord]) -> str:
+    """How many members may be lost until some chunk of `needed` cannot be read, or some vote cannot be
+    taken, and which of the two sets the limit."""
+    lost = sum(not readable(c, config.nodes) for c in needed)
+    if lost:
+        return f"nothing: {show.count(lost, 'chunk')} cannot be read"
+    votes = (config.g - 1) // 2
+    pieces = min((_expendable(c, config.nodes) for c in needed), default=len(config.nodes))
     limit = (
         "its pieces" if pieces < votes else "the votes on it" if votes < pieces else "pieces and votes alike"
     )
-    return f"the loss of any {min(votes, pieces)} of {len(mesh.members)} nodes (the limit: {limit})"
+    count = f"{min(votes, pieces)} of {show.count(len(config.nodes), 'node')}"
+    return f"the loss of any {count} (the limit: {limit})"
+
+
+def _lost_line(lost: Sequence[ChunkRecord]) -> list[str]:
+    """The warning about chunks that cannot be read, and the way out; empty if there are none."""
+    if not lost:
+        return []
+    names = ", ".join([*(what(c.entry.index) for c in lost[:5]), *(["..."] if len(lost) > 5 else [])])
+    return [
+        f"{show.count(len(lost), 'chunk')} cannot be read ({names}): too few of their pieces are on nodes of "
+        "the mesh; `vstack put` of the same file stores it anew"
+    ]
+
+
+def _expendable(c: ChunkRecord, nodes: Sequence[NodeId]) -> int:
+    """How many of `nodes`, whichever they are, may be lost while a readable chunk stays readable."""
+    held = sorted(Counter(holders(c, nodes)).values(), reverse=True)
+    lost = 0
+    while lost < len(held) and sum(held[lost + 1 :]) >= c.scheme.k:
+        lost += 1
+    return lost
 
 
 async def rm(mesh: MeshClient, options: argparse.Namespace) -> int:

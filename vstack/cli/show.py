@@ -37,6 +37,11 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def count(number: int, one: str) -> str:
+    """1, "node" -> `1 node`; 2 -> `2 nodes`. For nouns that take an s."""
+    return f"{number} {one}" if number == 1 else f"{number} {one}s"
+
+
 def clock(seconds: float) -> str:
     """3723.4 -> `1:02:03`."""
     whole = int(seconds)

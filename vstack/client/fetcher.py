@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -72,6 +72,16 @@ def init_record(init: InitPiece) -> ChunkRecord:
     """The init segment as if it were a chunk: whole copies, under INIT_INDEX."""
     entry = ChunkEntry(INIT_INDEX, 0, 0, init.size, init.sha256)
     return ChunkRecord(entry, Scheme(1, len(init.places)), UPLOADED, init.places)
+
+
+def holders(record: ChunkRecord, nodes: Collection[NodeId]) -> list[NodeId]:
+    """Those of `nodes` that hold what a reader can use: one for each copy or different fragment.
+
+    Fewer than `record.scheme.k` of them: without other nodes the chunk cannot be read.
+    """
+    useful = {place.node if record.scheme.k == 1 else place.piece: place.node
+              for place in record.places if place.node in nodes}  # fmt: skip
+    return list(useful.values())
 
 
 class ChunkFetcher:
