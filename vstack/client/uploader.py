@@ -6,7 +6,8 @@
 The id is the SHA-256 of the source. Everything up to the last step can be repeated: pieces of an
 upload have the same names and bytes each time, registers are created by compare-and-swap, and
 chunks that are registered already are skipped. So an upload that was interrupted resumes where it
-stopped, and a repeated one copies nothing. The video is visible only once it is ready.
+stopped, and a repeated one copies nothing, unless too few pieces of some chunk are left on members of
+the mesh: then all of it is stored anew. The video is visible only once it is ready.
 
 A chunk counts as uploaded when its pieces are on disk, those outside any one node still number k,
 and its register is chosen. Never earlier.
@@ -27,9 +28,10 @@ import msgspec
 
 from vstack.client.catalogue import MAX_TITLE, Video, read_video
 from vstack.client.chunker import Chunk, CutRules, Ingest, ProofFailed, recipe
+from vstack.client.fetcher import holders, init_record
 from vstack.client.mesh_client import Change, MeshClient
 from vstack.client.pieces import PieceWriter, TooFewNodes
-from vstack.errors import BadInput, VstackError
+from vstack.errors import BadInput, MeshUnavailable, VstackError
 from vstack.mesh.messages import Mismatch
 from vstack.mesh.placement import choose_scheme, shortfall, wanted_scheme
 from vstack.mesh.registers import (
@@ -88,7 +90,8 @@ class Progress:
 class UploadResult:
     video: Video
     state: str
-    """new, resumed, present, updated, undeleted."""
+    """new, resumed, present, updated, undeleted, or restored: known, but not all of it could be read any
+    more, so that it was stored anew."""
     chunks: int
     resumed: int
     seconds: float
@@ -202,6 +205,8 @@ class _Upload:
         self.on_progress = on_progress
         self.warnings: list[str] = []
         self._open: Video | None = None
+        self._before: Video | None = None
+        """What this upload replaces, if that could not be read any more."""
         self._registrar = _Registrar(mesh)
         self._writer = PieceWriter(mesh, video_id)
 
@@ -213,8 +218,16 @@ class _Upload:
             found = None
             if register.data is not None:
                 found = Video(self.id, register.version, unpack_video(register.data))
+            self._before = None
             if found is not None and found.record.state in ("ready", "deleted"):
-                return await self._update(found)
+                lost = await self._lost_chunks(found)
+                if not lost:
+                    return await self._update(found)
+                self._before = found
+                self._warn(
+                    f"{lost} of the {found.record.chunks} chunks of what was there cannot be read any more: "
+                    "too few of their pieces are on nodes of the mesh. All are stored anew"
+                )
             if found is not None and found.record.state == "purging":
                 raise VstackError(
                     f"video {self.id[:12]} is being removed for good: try again when that is done"
@@ -238,18 +251,45 @@ class _Upload:
             size=sum(e.size for e in entries),
             table=table_hash(entries),
         )
-        return await self._finish(record), "resumed" if known else "new"
+        state = "restored" if self._before is not None else "resumed" if known else "new"
+        return await self._finish(record), state
 
     async def abort(self) -> None:
-        """Gives the upload up, if it was opened: its pieces are garbage from now on."""
+        """Gives the upload up, if it was opened: its pieces are garbage from now on. What it was to replace
+        stands again."""
         if self._open is not None:
-            record = msgspec.structs.replace(self._open.record, state="aborted", upload=self._open.upload)
+            if self._before is not None:
+                record = msgspec.structs.replace(self._before.record, upload=self._before.upload)
+            else:
+                record = msgspec.structs.replace(self._open.record, state="aborted", upload=self._open.upload)
             await self.mesh.change(Change(video_key(self.id), self._open.version, pack(record)))
 
     # -- the video register -----------------------------------------------------------------------
 
-    def _title(self) -> str:
-        title = self.options.title or self.options.new_title or self.path.stem
+    async def _lost_chunks(self, found: Video) -> int:
+        """How many chunks of a known video have lost their register, or have fewer than k pieces on members
+        of the mesh; the init segment counts as one. Raises MeshUnavailable if it cannot be known."""
+        page = await self.mesh.list(chunk_prefix(found.id, found.upload))
+        records = [unpack_chunk(row.data) for row in page.rows]
+        video = found.record
+        if len(records) != video.chunks or table_hash([c.entry for c in records]) != video.table:
+            if not page.complete:
+                raise MeshUnavailable(
+                    f"video {found.id[:12]} is known, but cannot be checked: {len(page.silent)} of "
+                    f"{len(self.mesh.members)} nodes do not answer. Start them, and put the file again"
+                )
+            if len(records) >= video.chunks:
+                return video.chunks  # a table that is not the one it was is worth nothing
+        needed = records + ([init_record(video.init)] if video.init is not None else [])
+        if any(self.mesh.config.member(p.node) is None for c in needed for p in c.places):
+            await self.mesh.refresh()  # the node may be a newer member than this client knows
+        nodes = self.mesh.config.nodes
+        lost = sum(len(holders(c, nodes)) < c.scheme.k for c in needed)
+        return lost + video.chunks - len(records)
+
+    def _title(self, stands: str = "") -> str:
+        """`stands`: the title of a known video, if it is one."""
+        title = self.options.title or stands or self.options.new_title or self.path.stem
         if len(title) > MAX_TITLE:
             self._warn(f"the title is cut to {MAX_TITLE} characters")
         return title[:MAX_TITLE]
@@ -271,10 +311,11 @@ class _Upload:
             page = await self.mesh.list(chunk_prefix(self.id, found.upload))
             known = [unpack_chunk(row.data) for row in page.rows]
             return found, {r.entry.index: r for r in known}
+        before = self._before.record if self._before is not None else None
         record = VideoRecord(
             state="uploading",
-            title=self._title(),
-            redundancy=self.options.redundancy or "auto",
+            title=self._title(before.title if before else ""),
+            redundancy=self.options.redundancy or (before.redundancy if before else "auto"),
             recipe=wanted,
             source_size=self.ingest.source_size,
         )
