@@ -23,6 +23,7 @@ from rocksdict import Checkpoint, WriteBatch
 from tests.store_helpers import (
     Crash,
     CrashingDisk,
+    ForgetfulDisk,
     Ledger,
     abandon,
     key_of,
@@ -206,6 +207,31 @@ def test_stopped_at_any_point_the_store_keeps_what_it_acknowledged(
         points = step
     print(f"{work.__name__}, {loss}: {points} points")
     assert points >= least
+
+
+def test_a_removal_finished_at_start_is_durable_before_its_tombstones_go(quick: Path) -> None:
+    """A superblock that came back after its tombstones were dropped would bring deleted pieces back."""
+
+    class StopsAtUnlink(CrashingDisk):
+        def unlink(self, path: Path) -> None:
+            raise Crash
+
+    for seed in range(6):
+        folder, ledger = quick / str(seed), Ledger()
+        store = open_store(folder, StopsAtUnlink(0), superblock_bytes=LIMIT)
+        ledger.put(store, [piece_of(n, bytes([n]) * 7000) for n in range(1, 5)])
+        ledger.delete(store, [key_of(1), key_of(2)])
+        with pytest.raises(Crash):
+            compact(store)
+        abandon(store)
+        disk = ForgetfulDisk()
+        store = open_store(folder, disk, superblock_bytes=LIMIT)
+        assert store.stats().tombstones == 0
+        abandon(store)
+        disk.lose_power(random.Random(seed))
+        store = open_store(folder, superblock_bytes=LIMIT)
+        ledger.check(store, folder)
+        store.close()
 
 
 @pytest.mark.parametrize("seed", range(12))

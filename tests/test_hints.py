@@ -25,7 +25,15 @@ from vstack.node.disk import Disk
 from vstack.node.hints import Hints, read_hints, walk
 from vstack.node.scan import Found, scan
 from vstack.node.store import ChunkStore
-from vstack.node.superblock import FILE_HEADER_BYTES, Kind, read_file_header, superblock_path
+from vstack.node.superblock import (
+    FILE_HEADER_BYTES,
+    Appender,
+    FileHeader,
+    Kind,
+    Record,
+    read_file_header,
+    superblock_path,
+)
 
 
 class CountingDisk(Disk):
@@ -123,6 +131,26 @@ def test_damaged_hints_are_not_trusted_and_the_file_is_scanned(tmp_path: Path, w
     assert store.stats().start.scanned_records >= len(found_in(path))
     assert figures(store.stats()) == recount(tmp_path)
     store.close()
+
+
+def test_hints_that_leave_a_record_out_are_not_trusted(tmp_path: Path) -> None:
+    """Whole and with the right hash, but with a gap."""
+    header = FileHeader(NODE, 1, 0, bytes(range(16)))
+    for kept in ((0, 1, 2), (0, 2), (1, 2), (0, 1)):
+        appender = Appender.create(Disk(), tmp_path, header)
+        hints = Hints()
+        for number in range(3):
+            piece = piece_of(number, b"x" * 100)
+            record = Record(Kind.DATA, number, piece.key.pack(), 0, 3, 5, 9, 100, piece.sha256)
+            offset = appender.stage(record, piece.payload)
+            if number in kept:
+                hints.add(offset, record)
+        appender.stage(*hints.record(appender.end))
+        appender.flush()
+        appender.close()
+        path = superblock_path(tmp_path, 1)
+        assert (hints_of(path) is not None) == (kept == (0, 1, 2))
+        path.unlink()
 
 
 def test_hints_of_another_file_are_not_taken(tmp_path: Path) -> None:
