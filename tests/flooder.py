@@ -34,7 +34,7 @@ from vstack.mesh.messages import (
     Submit,
     encode,
 )
-from vstack.mesh.transport import Lane, endpoint, set_options, speak_as
+from vstack.mesh.sockets import Lane, endpoint, set_options, speak_as
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
 HELLO = Hello(PROTOCOL_VERSION, "", "client")

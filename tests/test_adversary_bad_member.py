@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from vstack.local import free_port
+from vstack.mesh.links import Answer
 from vstack.mesh.messages import Ballot, Envelope, Header, Prepare, ScanReply, ScanRow, Value, decode, encode
-from vstack.mesh.transport import Answer
 from vstack.node.server import Node as Server
 
 from .test_forming import OTHER, adopt, hello_of, server  # noqa: F401

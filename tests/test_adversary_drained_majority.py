@@ -5,7 +5,8 @@ import pytest
 from vstack.mesh.changes import RemoveMember
 from vstack.mesh.config import Config, Member
 from vstack.mesh.messages import ChangeMesh, Failure, State
-from vstack.mesh.transport import Incoming, Lane, Session
+from vstack.mesh.sockets import Lane
+from vstack.mesh.transport import Incoming, Session
 from vstack.node.server import Node as Server
 
 from .test_forming import hello_of, server  # noqa: F401

@@ -1,8 +1,8 @@
 """A schedule that an adversary would choose, and that must come to nothing."""
 
 from vstack.local import free_port
+from vstack.mesh.links import Answer
 from vstack.mesh.messages import PROTOCOL_VERSION, Header, Hello
-from vstack.mesh.transport import Answer
 from vstack.node.server import Node as Server
 
 from .test_forming import adopt, server  # noqa: F401

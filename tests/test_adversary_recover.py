@@ -12,7 +12,7 @@ from vstack.mesh.changes import DrainMember, forced
 from vstack.mesh.config import Config
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.messages import Body, Chain, ChangeMesh, ForceConfig, GetConfig
-from vstack.mesh.transport import Lane
+from vstack.mesh.sockets import Lane
 
 from .cluster import running_mesh, with_client
 

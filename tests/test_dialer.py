@@ -30,7 +30,7 @@ from vstack.mesh.messages import (
     decode,
     encode,
 )
-from vstack.mesh.transport import HIGH_WATER, NO_REPLY, Lane
+from vstack.mesh.sockets import HIGH_WATER, NO_REPLY, Lane
 
 PATIENCE = 5.0
 MESH = "ab" * 16

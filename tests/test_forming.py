@@ -28,7 +28,8 @@ from vstack.mesh.messages import (
     Value,
 )
 from vstack.mesh.paxos.acceptor import Acceptor
-from vstack.mesh.transport import Incoming, Lane, Session
+from vstack.mesh.sockets import Lane
+from vstack.mesh.transport import Incoming, Session
 from vstack.node.server import Node as Server
 from vstack.node.settings import NodeSettings
 

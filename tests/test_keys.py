@@ -37,7 +37,7 @@ from vstack.mesh.keys import (
     short,
 )
 from vstack.mesh.messages import PROTOCOL_VERSION, Body, Envelope, Failure, Header, Hello, decode, encode
-from vstack.mesh.transport import Lane, endpoint, speak_as
+from vstack.mesh.sockets import Lane, endpoint, speak_as
 from vstack.samples import make_sample
 
 from .cluster import running_mesh, vstack, wait_for, with_client

@@ -66,7 +66,7 @@ creates = st.tuples(stems, ballots, neighbours).map(
 BY_FIELD: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("Hello", "role"): st.sampled_from(["node", "client"]),
     ("Hello", "mesh"): st.text(max_size=32),
-    ("Hello", "node"): st.text(max_size=32),
+    ("Hello", "node"): st.sampled_from(["", NODE]),
     ("Hello", "peers"): st.binary(max_size=32),
     ("Hello", "zone"): st.text(max_size=64),
     ("Hello", "weight"): st.integers(0, 1 << 20),
@@ -258,6 +258,9 @@ PIECE = WirePieceKey(VIDEO, (1, 2), 3, 4, (0, NODE, 0, 0))
         pytest.param(envelope(Prepare(KEY, Ballot(1, (1 << 64) - 1, NODE, 1))), id="a round with no next"),
         pytest.param(envelope(Read(KEY, -1, 1)), id="a negative epoch"),
         pytest.param(Header(Hello(1, "", "root")), id="no such role"),
+        pytest.param(Header(Hello(1, "", "node", "x" * 32)), id="a hello with letters for a NodeId"),
+        pytest.param(Header(Hello(1, "", "node", "ab" * 15)), id="a hello with half a NodeId"),
+        pytest.param(Header(Hello(1, "", "node", NODE + "\n")), id="a hello with a newline in its NodeId"),
         pytest.param(Header(Hello(1, "", "node\n")), id="a role with a newline"),
         pytest.param(Header(List("video/\n")), id="a prefix with a newline"),
         pytest.param(Header(List("config/")), id="a prefix that is not listed"),

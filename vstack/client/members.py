@@ -26,7 +26,7 @@ from vstack.mesh.changes import (
 from vstack.mesh.config import Config, Member, NodeId, View, group, key_subject
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.messages import Chain, ForceConfig, GetConfig, GetHoldings, Holdings, MeshChanged, Status
-from vstack.mesh.transport import Lane
+from vstack.mesh.sockets import Lane
 
 FORCE_WITHIN = 20.0
 """Seconds in which every node that is left must take a forced configuration."""

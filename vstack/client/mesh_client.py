@@ -56,7 +56,7 @@ from vstack.mesh.messages import (
     WirePieceKey,
 )
 from vstack.mesh.registers import PieceKey, Scheme
-from vstack.mesh.transport import Lane, parse_address
+from vstack.mesh.sockets import Lane, parse_address
 
 FIRST_ANSWER = 3.0
 """Seconds that a node has for an operation before the next one is asked as well."""

@@ -32,7 +32,7 @@ from zmq.utils.monitor import parse_monitor_message
 from vstack.errors import MeshUnavailable, UsageError, VstackError
 from vstack.mesh.keys import ClientKey, short
 from vstack.mesh.messages import PROTOCOL_VERSION, Body, Failure, Header, Hello, HelloRequired, decode, encode
-from vstack.mesh.transport import (
+from vstack.mesh.sockets import (
     NO_REPLY,
     REFUSED_AGAIN,
     SILENT_HANDSHAKES,

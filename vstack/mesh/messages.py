@@ -286,7 +286,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=2):
     mesh: Annotated[str, Meta(max_length=32)]
     """Mesh id; empty while there is none."""
     role: Annotated[str, Meta(pattern=r"^(node|client)\Z")]
-    node: Annotated[str, Meta(max_length=32)] = ""
+    node: Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")] = ""
+    """A node's NodeId; empty for a client."""
     boot: U64 = 0
     epoch: U64 = 0
     peers: Annotated[bytes, Meta(max_length=32)] = b""

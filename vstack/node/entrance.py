@@ -11,9 +11,9 @@ from random import Random
 
 from vstack.mesh.config import Config, Member
 from vstack.mesh.forming import Forming
+from vstack.mesh.links import Link
 from vstack.mesh.messages import Failure, GetConfig, Hello, Join
 from vstack.mesh.paxos.acceptor import Acceptor
-from vstack.mesh.transport import Link
 
 JOIN_EVERY = 1.0
 """Seconds between two requests to be let in."""

@@ -22,7 +22,7 @@ from vstack import __version__
 from vstack.errors import DamagedData, UsageError, VstackError
 from vstack.mesh.keys import NODE_KEY, load_node
 from vstack.mesh.messages import MAX_WEIGHT, MAX_ZONE
-from vstack.mesh.transport import parse_address
+from vstack.mesh.sockets import parse_address
 from vstack.node.check import check
 from vstack.node.disk import Disk
 from vstack.node.recovery import rebuild_index

@@ -14,6 +14,7 @@ from random import Random
 
 from vstack.mesh.config import NodeId, View, is_address
 from vstack.mesh.forming import list_digest
+from vstack.mesh.links import Link
 from vstack.mesh.membership import Gossip
 from vstack.mesh.messages import (
     PROTOCOL_VERSION,
@@ -24,7 +25,7 @@ from vstack.mesh.messages import (
     Pong,
     State,
 )
-from vstack.mesh.transport import Incoming, Link, Session, Transport
+from vstack.mesh.transport import Incoming, Session, Transport
 from vstack.node.settings import NodeSettings
 from vstack.node.votes import VoteStore
 

@@ -28,6 +28,7 @@ from vstack.mesh.changes import (
 )
 from vstack.mesh.config import CONFIG_KEY, Config, Member, NodeId, key_epoch, pack_config
 from vstack.mesh.forming import FORMING_KEY
+from vstack.mesh.links import Answer, Link
 from vstack.mesh.messages import (
     ENVELOPE_BYTES,
     ENVELOPE_ITEMS,
@@ -72,7 +73,7 @@ from vstack.mesh.messages import (
 )
 from vstack.mesh.paxos.replica import Replica
 from vstack.mesh.registers import PIECE_KEY_BYTES
-from vstack.mesh.transport import Answer, Incoming, Link, Session, Transport
+from vstack.mesh.transport import Incoming, Session, Transport
 from vstack.node.admission import Admission
 from vstack.node.entrance import Entrance
 from vstack.node.journal import Journal

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from vstack.errors import DamagedData, VstackError
 from vstack.mesh.messages import Body, Failure, GetPiece, PieceData, PutPiece, Stored
 from vstack.mesh.registers import Generation, PieceKey, UploadId
-from vstack.mesh.transport import Incoming, Wakeup
+from vstack.mesh.sockets import Wakeup
+from vstack.mesh.transport import Incoming
 from vstack.node.store import ChunkStore, Piece, PieceNotFound, StoreFull
 from vstack.node.upkeep import Upkeep
 
