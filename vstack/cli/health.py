@@ -9,16 +9,44 @@ from collections import Counter
 from vstack.cli import show
 from vstack.client.mesh_client import MeshClient
 from vstack.errors import VstackError
+from vstack.mesh.config import Config, Member, NodeId
 from vstack.mesh.messages import Status
 
 DEGRADED = 8
 """Exit code of `status` when some node is down and the mesh still serves."""
 
 
+class NotServing(VstackError):
+    """What answers at a member's address is not that member at work."""
+
+
+def serving(mesh: str, node: NodeId, said: Status) -> Status | NotServing:
+    """The status of a member, or why what answered for it does not count as one."""
+    if said.mesh == mesh and said.node == node:
+        return said
+    if not said.mesh:
+        return NotServing(f"node {said.node[:8]} answers there, and is in no mesh yet")
+    if said.mesh != mesh:
+        return NotServing(f"node {said.node[:8]} of mesh {said.mesh[:8]} answers there")
+    return NotServing(f"node {said.node[:8]} answers there")
+
+
+def few_voters(config: Config) -> str:
+    """What a mesh of so few voting nodes cannot do, in words; empty from three on."""
+    voters = len(config.voters)
+    if len(config.members) == 1:
+        return "a mesh of one keeps one copy of everything: add machines to survive a loss"
+    if voters == 1:
+        return "one node alone votes: nothing can be read or written while it is down"
+    if voters == 2:
+        return "two nodes vote: a loss of data is survived, but nothing can be written while one is down"
+    return ""
+
+
 async def _all_status(mesh: MeshClient) -> list[Status | VstackError]:
     async def one(node: str) -> Status | VstackError:
         try:
-            return await mesh.status(node)
+            return serving(mesh.mesh, node, await mesh.status(node))
         except VstackError as e:
             return e
 
@@ -30,7 +58,7 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
     up = [a for a in answers if isinstance(a, Status)]
     members = len(mesh.members)
     reasons = [
-        f"node {m.node[:8]} at {m.address} is down: {a}"
+        f"node {m.node[:8]} at {m.address} is {_state(m, a)}: {a}"
         for m, a in zip(mesh.members, answers, strict=True)
         if isinstance(a, VstackError)
     ]
@@ -39,10 +67,7 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
         for a in up
         if a.store.get("damaged_records")
     ]
-    if members == 1:
-        reasons.append("a mesh of one keeps one copy of everything: add machines to survive a loss")
-    elif members == 2:
-        reasons.append("a mesh of two survives a loss of data, but cannot write while one node is down")
+    reasons += filter(None, [few_voters(mesh.config)])
     moving = max(up, key=lambda a: a.epoch, default=None)
     if moving is not None:
         reasons += [
@@ -84,7 +109,8 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
         )  # fmt: skip
     else:
         show.out.print(
-            f"mesh {mesh.mesh[:8]}  epoch {mesh.config.epoch}  {len(up)} of {members} nodes up: {health}"
+            f"mesh {mesh.mesh[:8]}  epoch {mesh.config.epoch}  "
+            f"{len(up)} of {show.count(members, 'node')} up: {health}"
         )
         for reason in reasons:
             show.out.print(f"  {reason}")
@@ -92,21 +118,29 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
         bytes_ = sum(a.store["payload_bytes"] for a in up)
         free = min((a.disk_free for a in up), default=0)
         show.out.print(
-            f"  {pieces:.0f} pieces, {show.size(bytes_)}; at least {show.size(free)} free on each node"
+            f"  {show.count(round(pieces), 'piece')}, {show.size(bytes_)}; "
+            f"at least {show.size(free)} free on each node"
         )
         if (per_attempt := _per_attempt(totals)) is not None:
             show.out.print(
-                f"  {totals['paxos.chosen']} decisions ({totals['paxos.fast']} by their leader in one round "
-                f"trip), {per_attempt:.1f} messages between nodes for each try to decide or read"
+                f"  {show.count(totals['paxos.chosen'], 'decision')} ({totals['paxos.fast']} by their leader "
+                f"in one round trip), {per_attempt:.1f} messages between nodes for each try to decide or read"
             )
         if totals["malformed"]:
-            show.out.print(f"  {totals['malformed']} malformed messages dropped")
+            show.out.print(f"  {show.count(totals['malformed'], 'malformed message')} dropped")
         if totals["keys.refused"] or totals["keys.forbidden"]:
             show.out.print(
-                f"  refused for their keys: {totals['keys.refused']} connections, "
-                f"{totals['keys.forbidden']} messages"
+                f"  refused for their keys: {show.count(totals['keys.refused'], 'connection')}, "
+                f"{show.count(totals['keys.forbidden'], 'message')}"
             )
     return 3 if not quorum else DEGRADED if health == "degraded" else 0
+
+
+def _state(member: Member, answer: Status | VstackError) -> str:
+    """Of a member, in a word or two."""
+    if isinstance(answer, NotServing):
+        return "not serving"
+    return "down" if isinstance(answer, VstackError) else "draining" if member.draining else "up"
 
 
 def _per_attempt(totals: Counter[str]) -> float | None:
@@ -138,12 +172,12 @@ async def nodes(mesh: MeshClient, options: argparse.Namespace) -> int:
             }  # fmt: skip
             rtts = [p.rtt_ms for p in a.peers if p.rtt_ms is not None]
             cells = (
-                "draining" if m.draining else "up", f"{sum(rtts) / len(rtts):.1f} ms" if rtts else "-",
+                _state(m, a), f"{sum(rtts) / len(rtts):.1f} ms" if rtts else "-",
                 f"{a.store['pieces']:.0f}",
                 show.size(a.store["payload_bytes"]), show.size(a.disk_free), show.clock(a.uptime_s),
             )  # fmt: skip
         else:
-            cells = ("down", "-", "-", "-", "-", "-")
+            cells = (_state(m, a), "-", "-", "-", "-", "-")
         found.append(entry)
         rows.append((m.node[:8], m.address, m.zone or "-", *cells))
     if options.json:
