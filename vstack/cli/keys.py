@@ -9,7 +9,7 @@ from vstack.cli import show
 from vstack.client.mesh_client import MeshClient
 from vstack.errors import NotFound, UsageError
 from vstack.mesh.changes import Authorise, Revoke
-from vstack.mesh.config import Grant
+from vstack.mesh.config import Grant, Role
 from vstack.mesh.keys import ADMIN_KEY, MESH_KEY, init_mesh, load_mesh_public, new_client, parse_public, short
 
 MIN_PREFIX = 8
@@ -64,20 +64,38 @@ async def _list(mesh: MeshClient, options: argparse.Namespace) -> int:
 
 
 async def _authorise(mesh: MeshClient, options: argparse.Namespace) -> int:
-    grant = Grant(parse_public(options.public), options.role, options.name)
-    if len(options.name) > 64 or not options.name.isprintable():
-        raise UsageError("the name of a key has at most 64 printable characters")
     if not mesh.config.grants:
         raise UsageError("this mesh uses no keys: there is nothing to authorise")
+    grant = wanted(mesh.config.grants, parse_public(options.public), options.role, options.name)
+    if grant in mesh.config.grants:
+        _say(options, grant, f"{_shown(grant)} is authorised already: nothing changes", mesh.config.epoch)
+        return 0
     epoch = await mesh.change_mesh(Authorise(grant))
-    _say(options, grant, f"{_shown(grant)} is authorised", epoch)
+    _say(options, grant, f"{_shown(grant)} is authorised, from epoch {epoch} on", epoch)
     return 0
+
+
+def wanted(grants: tuple[Grant, ...], key: bytes, role: Role, name: str | None) -> Grant:
+    """What a client is to be: without a name (None) it keeps the one it has.
+
+    Raises UsageError if the name cannot be one, or is another client's.
+    """
+    if name is None:
+        name = next((g.name for g in grants if g.key == key), "")
+    if len(name) > 64 or not name.isprintable():
+        raise UsageError("the name of a key has at most 64 printable characters")
+    other = next((g for g in grants if name and g.name == name and g.key != key), None)
+    if other is not None:
+        raise UsageError(
+            f"{name!r} is the name of another client, {short(other.key)}: choose another, or revoke that one"
+        )
+    return Grant(key, role, name)
 
 
 async def _revoke(mesh: MeshClient, options: argparse.Namespace) -> int:
     grant = _named(mesh.config.grants, options.who)
     epoch = await mesh.change_mesh(Revoke(grant.key))
-    _say(options, grant, f"{_shown(grant)} is revoked", epoch)
+    _say(options, grant, f"{_shown(grant)} is revoked, from epoch {epoch} on", epoch)
     return 0
 
 
@@ -89,7 +107,7 @@ def _say(options: argparse.Namespace, grant: Grant, text: str, epoch: int) -> No
     if options.json:
         show.print_json({"epoch": epoch, "public": grant.key.hex(), "role": grant.role, "name": grant.name})
     else:
-        show.out.print(f"{text}, from epoch {epoch} on")
+        show.out.print(text)
 
 
 def _named(grants: tuple[Grant, ...], who: str) -> Grant:

@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     a = action("authorise", "let a client use the mesh, or give it another role", mesh=True)
     a.add_argument("public", metavar="PUBLICKEY", help="as `vstack keys new` printed it")
     a.add_argument("--role", choices=("admin", "writer", "reader"), required=True)
-    a.add_argument("--name", default="", help="for people")
+    a.add_argument("--name", help="for people; left out, a known key keeps its own")
     a = action("revoke", "take a client's rights away, also on connections that are open", mesh=True)
     a.add_argument("who", metavar="KEY|NAME", help="its public key, the beginning of one, or its name")
     return p
