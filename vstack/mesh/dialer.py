@@ -309,8 +309,8 @@ class Dialer:
         if refusal is Refusal.SECURITY:
             return f"uses no keys, and you came with one ({self._key.name}): say --keys none"
         return (
-            f"is of another mesh than the key {self._key.name} is for, or uses no keys (then say --keys none), "
-            "or is no vstack node"
+            f"is of another mesh than the key {self._key.name} is for, or uses no keys "
+            "(then say --keys none), or is no vstack node"
         )
 
 

@@ -17,7 +17,7 @@ import zmq
 from vstack.mesh.config import NodeId
 from vstack.mesh.gate import Gate
 from vstack.mesh.keys import short
-from vstack.mesh.messages import Body, Header, Hello, HelloRequired, decode, encode
+from vstack.mesh.messages import Body, Failure, Header, Hello, HelloRequired, decode, encode
 from vstack.mesh.sockets import (
     DRAIN,
     HANDSHAKE_FAILED,
@@ -124,6 +124,13 @@ class Links:
         self.disconnect(address)
         return self.connect(address, now)
 
+    def forbidden(self, link: Link, now: float) -> None:
+        """The other end hears nothing of us under our own key any more: as after a refused handshake, it is
+        called again, and then as a stranger, who may learn the configuration."""
+        if self._gate is not None and link.refused is None and not link.as_stranger:
+            link.refused = now
+            self._gate.refused_by(link.address)
+
     def disconnect(self, address: str) -> None:
         link = self._links.pop(address, None)
         if link is not None:
@@ -200,6 +207,8 @@ class Links:
                 continue
             self._tally.count("received", header.body)
             link.heard = now
+            if isinstance(header.body, Failure) and header.body.code == "forbidden":
+                self.forbidden(link, now)
             if isinstance(header.body, HelloRequired):
                 self.send(link, self._my_hello())
                 continue
