@@ -370,7 +370,9 @@ def test_what_was_promised_before_an_epoch_is_on_disk_before_the_epoch_is() -> N
 def test_of_two_administrators_one_wins_and_the_other_is_told() -> None:
     mesh = Mesh(config(1, NODES[:3], 1))
     for node, new in ((NODES[0], NODES[5]), (NODES[1], NODES[6])):
-        mesh.replicas[node].propose(AddMember(Member(new, f"{new}:1")), new[-16:].encode(), 1, 0.0, 20.0, node)
+        mesh.replicas[node].propose(
+            AddMember(Member(new, f"{new}:1")), new[-16:].encode(), 1, 0.0, 20.0, node
+        )
     mesh.until(lambda: len([t for t in mesh.changed if t is not None]) == 2)
     said = [mesh.changed[n] for n in NODES[:2]]
     assert sorted(type(s).__name__ for s in said) == ["Failure", "MeshChanged"]
