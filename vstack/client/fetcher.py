@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 
 from vstack import erasure
 from vstack.client.mesh_client import MeshClient
+from vstack.client.pieces import what
 from vstack.client.scheduler import BestHolder, Fetch, PieceWanted, Scheduler, Wanted
 from vstack.errors import DamagedData, MeshUnavailable, VstackError
 from vstack.mesh.config import NodeId
@@ -245,7 +246,7 @@ class ChunkFetcher:
             return
         for n in bad:
             worst = max(job.sources[n], key=lambda node: job.sources[n][node])
-            self.failures.append((monotonic(), worst, f"piece {n} of chunk {entry.index} is damaged"))
+            self.failures.append((monotonic(), worst, f"piece {n} of {what(entry.index)} is damaged"))
             del job.blocks[n], job.sources[n]
             self._scheduler.reject(entry.index, n, worst)
         if bad:
@@ -254,7 +255,7 @@ class ChunkFetcher:
             return
         if not whole:
             job.done.set_exception(
-                DamagedData(f"the pieces of chunk {entry.index} are as stored, but do not make the chunk")
+                DamagedData(f"the pieces of {what(entry.index)} are as stored, but do not make it")
             )
             return
         served: dict[NodeId, int] = {}
@@ -292,10 +293,31 @@ class ChunkFetcher:
 
     def _too_few(self, job: _Job) -> VstackError:
         record = job.record
-        why = "; ".join(
-            dict.fromkeys(f"{node[:8]}: {reason}" for _, node, reason in list(self.failures)[-8:])
-        )
+        named = {place.node for place in record.places}
+        addresses = {m.node: m.address for m in self._mesh.members}
+        why = reasons(((node, reason) for _, node, reason in self.failures if node in named), addresses)
+        count = len(record.places)
         return MeshUnavailable(
-            f"chunk {record.entry.index} of video {self._video[:8]} cannot be read: {record.scheme.k} pieces "
-            f"are needed of {len(record.places)}, and too few nodes give theirs ({why})"
+            f"{what(record.entry.index)} of video {self._video[:8]} cannot be read: it takes "
+            f"{'its only piece' if count == 1 else f'{record.scheme.k} of its {count} pieces'}, "
+            f"and too few nodes give theirs ({why or 'none answers'})"
         )
+
+
+def reasons(failures: Iterable[tuple[NodeId, str]], addresses: Mapping[NodeId, str]) -> str:
+    """Why nodes failed, the last reason of each, in words; those that failed alike together.
+
+    Reasons that differ only in the node's own id or address are alike.
+    """
+    last: dict[NodeId, str] = {}
+    for node, reason in failures:
+        address = addresses.get(node)
+        own = [f"node {node[:8]} ", *([f"{address}: ", f"{address} "] if address else [])]
+        for name in own:
+            reason = reason.removeprefix(name)
+        last.pop(node, None)
+        last[node] = reason.replace(f" to {address}", "") if address else reason
+    alike: dict[str, list[str]] = {}
+    for node, reason in last.items():
+        alike.setdefault(reason, []).append(node[:8])
+    return "; ".join(f"{', '.join(nodes)}: {reason}" for reason, nodes in alike.items())
