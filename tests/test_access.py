@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 from msgspec.structs import replace
 
-from vstack.mesh.access import NOBODY, TABLE, Identity, NodeRole, allowed, directory
+from vstack.mesh.access import DEEDS, NOBODY, TABLE, Identity, NodeRole, allowed, directory
 from vstack.mesh.changes import Authorise
 from vstack.mesh.config import Config, Grant, Member
 from vstack.mesh.messages import (
@@ -106,6 +106,17 @@ def test_a_refusal_names_what_is_needed_and_what_there_is() -> None:
     assert "members" in (allowed(Identity("joining"), MESSAGES["envelope"]) or "")
     assert "members" in (allowed(Identity("joining"), MESSAGES["put"]) or "")
     assert allowed(Identity("admin"), Stored(True)) == "Stored is not a request"
+
+
+def test_a_refusal_says_what_was_wanted_in_the_words_of_the_user() -> None:
+    reader, joining = Identity("reader"), Identity("joining")
+    for name in ("put", "write", "delete"):
+        said = allowed(reader, MESSAGES[name]) or ""
+        assert said.startswith("you may not store or change videos: that needs the role writer"), said
+    changed = allowed(reader, MESSAGES["change"]) or ""
+    assert changed.startswith("you may not change who is in the mesh, or who may use it: that"), changed
+    assert (allowed(joining, MESSAGES["read"]) or "").startswith("you may not read videos: that")
+    assert {kind for kind, row in TABLE.items() if row != NOBODY} == set(DEEDS)
 
 
 def test_a_delete_is_a_change_though_it_carries_no_data() -> None:

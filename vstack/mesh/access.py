@@ -125,6 +125,33 @@ TABLE: Final[Mapping[type[Body], Least]] = {
 }
 
 
+DEEDS: Final[Mapping[type[Body], str]] = {
+    Hello: "connect to this mesh",
+    GetConfig: "see who is in the mesh",
+    GetStatus: "see how the nodes are",
+    GetHoldings: "see what the nodes hold",
+    List: "list videos",
+    GetPiece: "read videos",
+    Viewed: "count views",
+    Submit: "store or change videos",  # with reads only: see `deed`
+    PutPiece: "store or change videos",
+    ChangeMesh: "change who is in the mesh, or who may use it",
+    ForceConfig: "change who is in the mesh, or who may use it",
+    Join: "join the mesh",
+    Ping: "gossip with nodes",
+    PingRequest: "gossip with nodes",
+    Pong: "gossip with nodes",
+    Envelope: "vote",
+    Scan: "read the votes of nodes",
+}
+"""What a sender wants with each request, in the words of whoever uses the mesh: "you may not ..."."""
+
+
+def deed(body: Body) -> str:
+    """What the sender of a request wants, as in `DEEDS`."""
+    return "read videos" if isinstance(body, Submit) and least(body) == READ else DEEDS[type(body)]
+
+
 def least(body: Body) -> Least:
     """The least that the sender of `body` must be."""
     if isinstance(body, Submit) and all(op.expect is None for op in body.ops):
@@ -140,16 +167,16 @@ def allowed(who: Identity | None, body: Body) -> str | None:
     on_ladder = needed.client if who.is_client else needed.node
     if on_ladder is not None and _RANK[who.role] >= _RANK[on_ladder]:
         return None
-    kind = type(body).__name__
     if needed == NOBODY:
-        return f"{kind} is not a request"
+        return f"{type(body).__name__} is not a request"
+    refused = f"you may not {deed(body)}: that"
     if who.is_client and on_ladder is not None:
-        return f"{kind} needs the role {on_ladder}, and this key's is {who.role}: ask an admin of the mesh"
+        return f"{refused} needs the role {on_ladder}, and this key's is {who.role}: ask an admin of the mesh"
     if who.is_client:
-        return f"{kind} is for nodes, and this key is a client's"
+        return f"{refused} is for nodes, and this key is a client's"
     if on_ladder is None:
-        return f"{kind} needs the key of a client with the role {needed.client}"
-    return f"{kind} is for members of the mesh, and this is {who}"
+        return f"{refused} needs the key of a client with the role {needed.client}"
+    return f"{refused} is for members of the mesh, and this is {who}"
 
 
 @dataclass(frozen=True)
