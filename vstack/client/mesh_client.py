@@ -60,6 +60,8 @@ from vstack.mesh.sockets import Lane, parse_address
 
 FIRST_ANSWER = 3.0
 """Seconds that a node has for an operation before the next one is asked as well."""
+EPOCHS_MEET = 3.0
+"""Seconds that a listing waits until enough nodes have adopted the same configuration."""
 NEWER_CHAIN = 0.05
 """Seconds that other peers have to name a newer configuration, once one has answered."""
 ALIVE = 1.0
@@ -387,10 +389,19 @@ class MeshClient:
         after = ""
         while True:
             listing = await self._list_page(prefix, after)
+            until = monotonic() + EPOCHS_MEET
+            while not listing.complete and self._is_between_epochs(listing) and monotonic() < until:
+                await asyncio.sleep(0.2)
+                listing = await self._list_page(prefix, after)
             yield listing
             after = listing.after
             if not after:
                 return
+
+    def _is_between_epochs(self, listing: Listing) -> bool:
+        """Whether enough nodes answered, and the listing is incomplete all the same: their answers are of
+        different epochs, because a configuration is just being adopted."""
+        return len(listing.silent) <= (self.config.g - 1) // 2
 
     async def _list_page(self, prefix: str, after: str) -> Listing:
         why: VstackError = MeshUnavailable("the mesh has no members")
