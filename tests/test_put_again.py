@@ -76,7 +76,7 @@ def test_a_chunk_with_too_few_pieces_left_has_the_file_stored_anew(
         assert again.state == "restored"
         assert again.video.upload != first.video.upload
         assert (again.video.record.title, again.video.record.redundancy) == ("the sea", "erasure")
-        assert any(w.startswith(f"1 of the {first.chunks} chunks") for w in again.warnings)
+        assert any("1 chunk cannot be read" in w for w in again.warnings)
         assert await readable(client, again, tmp_path / "copy.mp4")
         assert (await upload(client, film)).state == "present"
 

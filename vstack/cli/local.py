@@ -25,12 +25,16 @@ def up(options: argparse.Namespace) -> int:
     if known is not None:
         was, at = known.get("count"), known.get("port")
         if options.count not in (None, was) or options.port not in (None, at):
-            raise UsageError(f"{folder} holds a mesh of {was} nodes from port {at}: name another --dir")
+            size = show.count(int(str(was)), "node")
+            raise UsageError(f"{folder} holds a mesh of {size} from port {at}: name another --dir")
         count, port = int(str(was)), int(str(at))
     if not 1 <= count <= 50:
         raise UsageError(f"a mesh of {count} nodes cannot be started here: 1 to 50")
     if not 1 <= port <= 65536 - 2 * count:
-        raise UsageError(f"{count} nodes from port {port} on do not fit: --port is 1 to {65536 - 2 * count}")
+        most = 65536 - 2 * count
+        raise UsageError(
+            f"no room for {show.count(count, 'node')} from port {port} on: --port is 1 to {most}"
+        )
     if known is not None and options.insecure and known.get("keys"):
         raise UsageError(f"the mesh in {folder} was founded with keys: leave out --insecure")
     secure = not options.insecure if known is None else bool(known.get("keys"))
@@ -72,5 +76,7 @@ def down(options: argparse.Namespace) -> int:
     if options.json:
         show.print_json({"stopped": count})
     else:
-        show.out.print(f"{count} nodes stopped" if count else f"no node of {options.dir} is running")
+        show.out.print(
+            f"{show.count(count, 'node')} stopped" if count else f"no node of {options.dir} is running"
+        )
     return 0

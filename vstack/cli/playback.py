@@ -47,7 +47,8 @@ def play_line(p: Playback) -> str:
     return (
         f"{p.state:<8} {show.clock(p.position)} / {show.clock(p.end)}  "
         f"buffer {'█' * filled}{'·' * (cells - filled)} {p.buffered:4.1f} s  "
-        f"{p.video_frames} frames, {p.rebuffers} stalls, {p.failovers} failovers"
+        f"{show.count(p.video_frames, 'frame')}, {show.count(p.rebuffers, 'stall')}, "
+        f"{show.count(p.failovers, 'failover')}"
     )
 
 

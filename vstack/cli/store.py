@@ -71,7 +71,7 @@ async def _put_one(mesh: MeshClient, path: Path, options: argparse.Namespace) ->
     if not options.json:
         show.out.print(result.video.id)
         note = {"present": "was there already", "updated": "was there already; updated"}.get(
-            result.state, f"{result.state}, {result.chunks} chunks, {show.size(record.size)}"
+            result.state, f"{result.state}, {show.count(result.chunks, 'chunk')}, {show.size(record.size)}"
         )
         if result.resumed:
             note += f", {result.resumed} of them from before"

@@ -225,8 +225,8 @@ class _Upload:
                     return await self._update(found)
                 self._before = found
                 self._warn(
-                    f"{lost} of the {found.record.chunks} chunks of what was there cannot be read any more: "
-                    "too few of their pieces are on nodes of the mesh. All are stored anew"
+                    f"of what was there, {lost} chunk{'' if lost == 1 else 's'} cannot be read any more: "
+                    "too few of their pieces are on nodes of the mesh. All of it was stored anew"
                 )
             if found is not None and found.record.state == "purging":
                 raise VstackError(
@@ -387,7 +387,8 @@ class _Upload:
         scheme = choose_scheme(wanted, len(self.mesh.members))
         short = shortfall(wanted, scheme)
         if short:
-            self._warn(f"{short}: the mesh has {len(self.mesh.members)} nodes")
+            nodes = len(self.mesh.members)
+            self._warn(f"{short}: the mesh has {nodes} node{'' if nodes == 1 else 's'}")
         return scheme
 
     def _warn(self, text: str) -> None:
