@@ -15,14 +15,15 @@ from vstack.mesh.keys import ADMIN_KEY, find_client_key
 
 EPILOG = """\
 VIDEO is an id, a unique prefix of at least 6 characters, or a unique exact title.
-Nodes are found through --peers, VSTACK_PEERS, `peers` in ./.vstack/config.toml, or 127.0.0.1:7400.
+Nodes are found through --peers, VSTACK_PEERS, `peers` in ./.vstack/config.toml, the mesh that `vstack up`
+runs in this folder, or 127.0.0.1:7400: the first that is there.
 Your key is --keys FILE, VSTACK_KEY, ./.vstack/keys/admin.key, or vstack/client.key in your configuration
 folder: the first that is there. `none` means: without a key.
 
-exit codes: 0 success; 1 failure; 2 wrong usage or configuration; 3 the mesh does not answer, or too
-few of its nodes do; 4 no such video, or more than one; 5 the source cannot be stored as video;
-6 the outcome is unknown (repeat the command: it is safe); 7 damaged data; 8 (status) some node is
-down; 130 interrupted.
+exit codes: 0 success; 1 failure; 2 wrong usage or configuration, or a key that may not do this; 3 the mesh
+does not answer, or too few of its nodes do; 4 no such video, or more than one; 5 bad input: the source cannot
+be stored, or the change is refused; 6 the outcome is unknown (repeat the command: it is safe); 7 damaged
+data; 8 (status) some node is down; 130 interrupted.
 
   vstack up                    a mesh of five nodes on this machine, until Ctrl-C
   vstack put holiday.mp4       store it; prints its id
@@ -149,7 +150,12 @@ def find_key(given: str | None) -> Path | None:
 
 def run(argv: list[str] | None) -> int:
     """The exit code of one command line."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        parser.print_help(sys.stderr)
+        return UsageError.exit_code
+    options = parser.parse_args(words)
     try:
         if options.verb == "up":
             return local.up(options)
