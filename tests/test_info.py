@@ -37,7 +37,7 @@ def test_pieces_on_nodes_that_are_gone_do_not_count() -> None:
     one_gone = chunk(ERASURE, *NODES[:4], GONE[0])
     assert "any 1 of 5 nodes (the limit: its pieces)" in survives(mesh(5), [one_gone])
     two_gone = chunk(ERASURE, *NODES[:3], *GONE[:2])
-    assert "any 0 of 5 nodes" in survives(mesh(5), [two_gone])
+    assert "the loss of none of 5 nodes" in survives(mesh(5), [two_gone])
     assert "any 1 of 5 nodes" in survives(mesh(5), [chunk(REPLICATED, *NODES[:2], GONE[0])])
 
 
@@ -76,4 +76,4 @@ def test_a_place_on_a_node_that_is_gone_is_marked() -> None:
 
 
 def test_a_mesh_of_one_is_spoken_of_in_the_singular() -> None:
-    assert "any 0 of 1 node (" in survives(mesh(1), [chunk(Scheme(1, 1), NODES[0])])
+    assert "the loss of none of 1 node (" in survives(mesh(1), [chunk(Scheme(1, 1), NODES[0])])

@@ -100,7 +100,7 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
                 "lost": list(media.lost),
                 "piece_bytes": stored,
                 "views": seen,
-                "warnings": short,
+                "warnings": [*_lost_line(lost), *short],
                 "missing": len(lost),
                 "chunk_table": [_chunk_json(c, tick, config.nodes) for c in table],
             }
@@ -173,8 +173,9 @@ def survives(config: Config, needed: Sequence[ChunkRecord]) -> str:
     limit = (
         "its pieces" if pieces < votes else "the votes on it" if votes < pieces else "pieces and votes alike"
     )
-    count = f"{min(votes, pieces)} of {show.count(len(config.nodes), 'node')}"
-    return f"the loss of any {count} (the limit: {limit})"
+    nodes = show.count(len(config.nodes), "node")
+    most = min(votes, pieces)
+    return f"{f'the loss of any {most}' if most else 'the loss of none'} of {nodes} (the limit: {limit})"
 
 
 def _lost_line(lost: Sequence[ChunkRecord]) -> list[str]:
