@@ -16,6 +16,7 @@ from vstack.client import fetcher as fetching
 from vstack.client.fetcher import ChunkFetcher
 from vstack.client.mesh_client import MeshClient
 from vstack.errors import DamagedData, MeshUnavailable
+from vstack.mesh.config import Member
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.messages import Failure, Found, PieceData
 from vstack.mesh.registers import (
@@ -48,6 +49,7 @@ class FakeMesh:
         self.pieces: dict[tuple[str, int], bytes] = {}
         self.requests: list[tuple[str, int, int]] = []
         self.reads = 0
+        self.members: tuple[Member, ...] = ()
         self.register: ChunkRecord | None = None
         self.before: Callable[[str], Awaitable[None]] | None = None
         self.record = self.stored(scheme, holders)
@@ -218,7 +220,9 @@ def test_nodes_that_refuse_connections_are_not_asked_without_pause(monkeypatch: 
         mesh.before = refuse
         monkeypatch.setattr(fetching, "PATIENCE", 1.2)
         async with fetcher_of(mesh) as fetcher:
-            with pytest.raises(MeshUnavailable, match=r"chunk 4 .* 3 pieces are needed of 5.*nobody answers"):
+            with pytest.raises(
+                MeshUnavailable, match=r"chunk 4 .* it takes 3 of its 5 pieces.*nobody answers"
+            ):
                 await fetcher.fetch(mesh.record)
         assert len(mesh.requests) < 30
 
