@@ -357,7 +357,7 @@ def test_a_reader_that_writes_is_refused_counted_and_logged_once(secured: Secure
     began = monotonic()
     for words in (("put", secured.film, "--title", "hers"), ("rm", "film")):
         code, _, err = secured.vstack(*words, key=key)
-        assert code == 1
+        assert code == 2
         assert "needs the role writer" in err
     assert monotonic() - began < 3 * QUICK
     assert secured.count("keys.forbidden") > before
@@ -372,7 +372,7 @@ def test_a_writer_that_changes_who_may_do_what_is_refused(secured: Secured) -> N
     before = secured.count("keys.forbidden"), secured.epochs()
     for words in (("authorise", "ab" * 32, "--role", "admin"), ("revoke", "admin")):
         code, _, err = secured.vstack("keys", *words, key=key)
-        assert code == 1
+        assert code == 2
         assert "needs the role admin" in err
     assert secured.count("keys.forbidden") >= before[0] + 2
     assert secured.epochs() == before[1]

@@ -152,6 +152,8 @@ def _in_thread(work: Callable[[], None]) -> asyncio.Future[None]:
     """Runs `work` in a thread that the process does not wait for when it ends."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
+    # Whoever gave up on it does not ask how it ended.
+    done.add_done_callback(lambda f: f.cancelled() or f.exception())
 
     def settle(error: BaseException | None) -> None:
         if done.done():
