@@ -188,7 +188,9 @@ CHANGING: dict[str, Profile] = {
     ),
     "forming": replace(
         _MOVING,
-        sizes=(1, 2, 3, 3, 5),
+        # Not one: a machine that was removed, and comes back with a list of itself alone, rightly founds
+        # another mesh, and all worlds have only one.
+        sizes=(2, 2, 3, 3, 5),
         spares=1,
         forming=True,
         changes=0.5,
