@@ -48,7 +48,7 @@ THINK = 0.004
 MOST_GROWTH = 256 << 20
 """Bytes by which a flooded node may grow: what one flooder of a fifth of a core was seen to cost is less
 than half of it."""
-ATTEMPTS = 3
+ATTEMPTS = 5
 """Measurements before a ratio is believed: others use this machine too."""
 
 
