@@ -8,7 +8,9 @@ from vstack.mesh.config import Member
 from .test_changes import NODES, settled_view
 
 
-@pytest.mark.parametrize("address", ["", "nonsense", "-:99999", "host:0", "a b:7400"])
+@pytest.mark.parametrize(
+    "address", ["", "nonsense", "-:99999", "host:0", "a b:7400", "[abc:7400", "abc]:7400"]
+)
 @pytest.mark.parametrize("replaces", [False, True])
 def test_nobody_becomes_a_member_at_an_address_that_cannot_be_dialled(address: str, replaces: bool) -> None:
     new = Member(NODES[3], address)

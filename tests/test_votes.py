@@ -91,7 +91,7 @@ def test_the_chain_comes_back_in_order_and_names_the_mesh(opened: Callable[..., 
     assert store.mesh == ""
     members = (Member(store.node, "127.0.0.1:7400", "z", 3),)
     configs = [Config(epoch, members, base=1) for epoch in range(1, 12)]
-    store.save_config(configs[0])
+    store.adopt([configs[0]])
     store.adopt(configs[5:0:-1])
     store.adopt(configs)
     assert store.chain() == tuple(configs)
@@ -107,7 +107,7 @@ def test_a_configuration_that_does_not_continue_the_chain_is_not_stored(
 ) -> None:
     store = opened()
     first, other = Config(1, (Member(NODE, "a:1"),), 1), Config(1, (Member(NODE, "b:1"),), 1)
-    store.save_config(first)
+    store.adopt([first])
     store.commit({key_of(1): record_of(1)})
     for wrong in (Config(3, (), 1), other, Config(0, (), 0)):
         with pytest.raises(ValueError, match="does not continue"):
@@ -138,7 +138,7 @@ def test_records_come_back_whole_and_others_are_absent(opened: Callable[..., Vot
 
 def test_a_scan_walks_its_prefix_in_pages_and_nothing_beside_it(opened: Callable[..., VoteStore]) -> None:
     store = opened()
-    store.save_config(Config(1, (Member(NODE, "a:1"),), 1))
+    store.adopt([Config(1, (Member(NODE, "a:1"),), 1)])
     chunks = {f"chunk/{'a' * 64}/1.5/{i:08d}": record_of(i) for i in range(25)}
     others = {
         f"chunk/{'a' * 64}/1.6/00000000": record_of(1),
@@ -245,7 +245,7 @@ def test_subjects_are_those_at_the_first_step(opened: Callable[..., VoteStore]) 
 
 def test_keys_are_walked_in_order_page_by_page(opened: Callable[..., VoteStore]) -> None:
     store = opened()
-    store.save_config(Config(1, (Member(NODE, "a:1"),), 1))
+    store.adopt([Config(1, (Member(NODE, "a:1"),), 1)])
     assert store.keys("", 5) == []
     records = {**registers_of("a", 10), **registers_of("b", 10), "config/1": record_of(0)}
     store.commit(records)

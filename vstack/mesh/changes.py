@@ -18,7 +18,17 @@ import msgspec
 from msgspec import Meta
 
 from vstack.errors import BadInput
-from vstack.mesh.config import Config, Grant, Hex32, Member, NodeId, PublicKey, View, is_address, pack_config
+from vstack.mesh.config import (
+    Config,
+    Grant,
+    Hex32,
+    Member,
+    NodeId,
+    PublicKey,
+    View,
+    host_and_port,
+    pack_config,
+)
 
 MAX_OPEN = 4
 MAX_MEMBERS = 1024
@@ -176,7 +186,7 @@ def _find(config: Config, node: NodeId) -> Member:
 
 
 def _with_member(members: list[Member], new: Member) -> list[Member]:
-    if not is_address(new.address):
+    if host_and_port(new.address) is None:
         raise ChangeRefused(f"{new.address!r} is not an address: HOST:PORT is needed")
     for other in members:
         if other.node != new.node and other.address == new.address:

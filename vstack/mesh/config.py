@@ -102,12 +102,16 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Config).decode
 
 
-def is_address(text: str) -> bool:
-    """Whether `text` is HOST:PORT, with a host that can be dialled and a port that has a next one."""
+def host_and_port(text: str) -> tuple[str, int] | None:
+    """`host:port` -> (host, port), IPv6 hosts without their brackets; None if that cannot be dialled. The
+    port must have a next one, for the data lane."""
     host, _, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    named = re.fullmatch(r"[0-9A-Fa-f:.%a-z]+" if bracketed else r"[0-9A-Za-z._-]+", host.strip("[]"))
-    return bool(named and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65535)
+    host = host[1:-1] if bracketed else host
+    named = re.fullmatch(r"[0-9A-Fa-f:.%a-z]+" if bracketed else r"[0-9A-Za-z._-]+", host)
+    if not named or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65535:
+        return None
+    return host, int(port)
 
 
 def pack_config(config: Config) -> bytes:

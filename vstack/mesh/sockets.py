@@ -7,7 +7,6 @@ What is sent and received is none of its business.
 
 from __future__ import annotations
 
-import re
 import socket
 import struct
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from vstack.errors import UsageError
+from vstack.mesh.config import host_and_port
 from vstack.mesh.keys import KeyPair
 from vstack.mesh.messages import MAX_CONTROL, MAX_DATA
 
@@ -70,13 +70,10 @@ def why_refused(event: int, value: int) -> Refusal:
 
 def parse_address(text: str) -> tuple[str, int]:
     """`host:port` -> (host, port). Raises UsageError."""
-    host, _, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    host = host[1:-1] if bracketed else host
-    named = re.fullmatch(r"[0-9A-Fa-f:.%a-z]+" if bracketed else r"[0-9A-Za-z._-]+", host)
-    if not named or not port.isdigit() or not 0 < int(port) < 65535:
+    found = host_and_port(text)
+    if found is None:
         raise UsageError(f"{text!r} is not an address: HOST:PORT, with a port below 65535, is needed")
-    return host, int(port)
+    return found
 
 
 def endpoint(address: str, lane: Lane) -> str:

@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from random import Random
 
-from vstack.mesh.config import NodeId, View, is_address
+from vstack.mesh.config import NodeId, View, host_and_port
 from vstack.mesh.forming import list_digest
 from vstack.mesh.links import Link
 from vstack.mesh.membership import Gossip
@@ -181,7 +181,7 @@ class Peers:
                 self.forget(link)
                 self.transport.disconnect(link.address)
                 self._unanswered.pop(link.address, None)
-        for address in sorted(a for a in wanted if is_address(a)):
+        for address in sorted(a for a in wanted if host_and_port(a)):
             link = self.transport.connect(address, now)
             since = self._unanswered.get(address)
             if since is not None and link.heard > since:

@@ -263,10 +263,6 @@ class VoteStore:
         if subjects:
             self._or_fail(self._flush)  # reads pass deleted ranges quickly in a table, not in memory
 
-    def save_config(self, config: Config) -> None:
-        """As `adopt`, one of them."""
-        self.adopt([config])
-
     def _load_chain(self) -> tuple[Config, ...]:
         chain = []
         for epoch, (row, body) in enumerate(self._rows(b"c/"), 1):
