@@ -38,9 +38,9 @@ import msgspec
 from cpu import Cpu, cpu_of, profiled
 
 from vstack.cli import interrupt, show
-from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.errors import VstackError
 from vstack.local import LocalMesh, NodeFailed, free_port
+from vstack.mesh.mesh_client import Change, MeshClient, connect
 from vstack.mesh.messages import Ok
 from vstack.mesh.registers import EPOCH_SHIFT, UploadId, chunk_key
 

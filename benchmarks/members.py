@@ -21,11 +21,11 @@ from random import Random
 from time import monotonic
 
 from vstack.client.members import find_member, until_settled
-from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.errors import MeshUnavailable, OutcomeUnknown
 from vstack.local import LocalMesh, LocalNode, free_port
 from vstack.mesh.changes import RemoveMember
 from vstack.mesh.config import Config, NodeId, group, leader
+from vstack.mesh.mesh_client import Change, MeshClient, connect
 from vstack.mesh.messages import Ok
 from vstack.mesh.registers import UploadId, chunk_key, video_key
 

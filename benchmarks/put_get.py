@@ -36,10 +36,10 @@ from vstack.cli import interrupt, show
 from vstack.client.catalogue import Video
 from vstack.client.chunker import Ingest
 from vstack.client.downloader import download
-from vstack.client.mesh_client import MeshClient, connect
 from vstack.client.uploader import UploadOptions, upload
 from vstack.errors import VstackError
 from vstack.local import LocalMesh, free_port
+from vstack.mesh.mesh_client import MeshClient, connect
 from vstack.mesh.registers import Redundancy
 from vstack.samples import loop_copy, make_sample
 

@@ -22,12 +22,12 @@ from vstack.cli import interrupt, show
 from vstack.cli.playback import chunk_rows, play_line
 from vstack.client.catalogue import chunk_table
 from vstack.client.downloader import download
-from vstack.client.mesh_client import MeshClient, connect
 from vstack.client.player import Playback, PlayedChunk, Player, PlayOptions
 from vstack.client.proof import Comparison, compare_files
 from vstack.client.uploader import Progress, UploadOptions, UploadResult, upload
 from vstack.errors import VstackError
 from vstack.local import LocalMesh, free_port
+from vstack.mesh.mesh_client import MeshClient, connect
 from vstack.samples import loop_copy, make_sample
 
 NODES = 5

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from vstack.client.mesh_client import MeshClient, connect
 from vstack.local import LocalMesh, free_port
+from vstack.mesh.mesh_client import MeshClient, connect
 
 T = TypeVar("T")
 

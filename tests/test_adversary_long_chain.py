@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vstack.client.mesh_client import MeshClient
 from vstack.local import LocalNode
 from vstack.mesh.changes import Authorise
 from vstack.mesh.config import Grant
+from vstack.mesh.mesh_client import MeshClient
 
 from .cluster import running_mesh, with_client
 from .test_members import join, spares  # noqa: F401

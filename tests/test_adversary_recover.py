@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from vstack.client.members import open_view
-from vstack.client.mesh_client import MeshClient
 from vstack.mesh.changes import DrainMember, forced
 from vstack.mesh.config import Config
 from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import Body, Chain, ChangeMesh, ForceConfig, GetConfig
 from vstack.mesh.sockets import Lane
 

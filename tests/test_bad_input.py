@@ -12,8 +12,8 @@ from random import Random
 import pytest
 import zmq
 
-from vstack.client.mesh_client import MeshClient
 from vstack.local import LocalMesh, LocalNode, NodeFailed, free_port
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import (
     PROTOCOL_VERSION,
     Ballot,

@@ -20,10 +20,10 @@ from random import Random
 
 import pytest
 
-from vstack.client.mesh_client import Change, MeshClient
 from vstack.errors import DamagedData
 from vstack.mesh.config import Config, Member
 from vstack.mesh.dialer import NoAnswer
+from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.messages import Ok, Op, Outcomes, Record, Submit
 from vstack.node import votes
 from vstack.node.disk import Disk

@@ -9,9 +9,9 @@ import pytest
 
 from vstack.client.downloader import fetch_init
 from vstack.client.fetcher import ChunkFetcher, reasons
-from vstack.client.mesh_client import MeshClient
 from vstack.client.uploader import upload
 from vstack.errors import MeshUnavailable
+from vstack.mesh.mesh_client import MeshClient
 from vstack.samples import make_sample
 
 from .cluster import running_mesh, with_client

@@ -14,15 +14,14 @@ import pytest
 from vstack import erasure
 from vstack.client import fetcher as fetching
 from vstack.client.fetcher import ChunkFetcher
-from vstack.client.mesh_client import MeshClient
 from vstack.errors import DamagedData, MeshUnavailable
 from vstack.mesh.config import Member
 from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import Failure, Found, PieceData
 from vstack.mesh.registers import (
     ERASURE,
     REPLICATED,
-    UPLOADED,
     ChunkEntry,
     ChunkRecord,
     PieceKey,
@@ -62,7 +61,7 @@ class FakeMesh:
             self.pieces[NODES[letter], number] = pieces[number]
             places.append(Place(NODES[letter], number, digest(pieces[number])))
         entry = ChunkEntry(4, 0, 10, len(self.data), digest(self.data))
-        return ChunkRecord(entry, scheme, UPLOADED, tuple(places))
+        return ChunkRecord(entry, scheme, tuple(places))
 
     async def get_range(
         self, node: str, key: PieceKey, offset: int, length: int, *, timeout: float
@@ -126,7 +125,7 @@ def test_pieces_that_are_as_stored_but_make_another_chunk_are_damage() -> None:
         entry = ChunkEntry(4, 0, 10, 1000, digest(b"something else"))
         async with fetcher_of(mesh) as fetcher:
             with pytest.raises(DamagedData):
-                await fetcher.fetch(ChunkRecord(entry, ERASURE, UPLOADED, mesh.record.places))
+                await fetcher.fetch(ChunkRecord(entry, ERASURE, mesh.record.places))
 
     asyncio.run(run())
 

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import pytest
 
-from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.errors import VstackError
 from vstack.local import LocalMesh, LocalNode
 from vstack.mesh.changes import Authorise
 from vstack.mesh.config import Grant
 from vstack.mesh.keys import load_mesh_public, new_client
+from vstack.mesh.mesh_client import Change, MeshClient, connect
 from vstack.mesh.messages import GetStatus, Header, Outcomes, Status, Submit, Unknown, encode
 from vstack.mesh.messages import Op as Operation
 from vstack.mesh.transport import MAX_SESSIONS

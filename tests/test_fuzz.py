@@ -23,10 +23,10 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vstack.client.mesh_client import Change, MeshClient
 from vstack.errors import VstackError
 from vstack.local import LocalMesh, free_port
 from vstack.mesh.keys import KeyPair, MeshKey, NodeKeys, new_pair
+from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.messages import (
     PROTOCOL_VERSION,
     Accepted,

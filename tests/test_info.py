@@ -11,7 +11,6 @@ from vstack.mesh.registers import (
     ChunkRecord,
     Place,
     Scheme,
-    uploaded,
 )
 
 NODES = [f"{n:02x}" * 16 for n in range(0x10, 0x16)]
@@ -25,7 +24,7 @@ def mesh(count: int) -> Config:
 def chunk(scheme: Scheme, *nodes: str) -> ChunkRecord:
     """Its pieces on `nodes`, in order."""
     places = tuple(Place(n, 0 if scheme.k == 1 else i, bytes(32)) for i, n in enumerate(nodes))
-    return ChunkRecord(ChunkEntry(0, 0, 1, 10, bytes(32)), scheme, uploaded(scheme), places)
+    return ChunkRecord(ChunkEntry(0, 0, 1, 10, bytes(32)), scheme, places)
 
 
 def test_all_pieces_on_members_survive_what_their_code_and_the_votes_allow() -> None:
@@ -59,7 +58,6 @@ def test_two_places_of_the_same_fragment_count_once() -> None:
     twice = ChunkRecord(
         twice.entry,
         ERASURE,
-        twice.generation,
         tuple(Place(p.node, min(p.piece, 1), p.sha256) for p in twice.places),
     )
     assert not readable(twice, NODES)

@@ -17,7 +17,6 @@ import zmq.asyncio
 from zmq.utils import z85
 
 from vstack.client.members import moving
-from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.errors import UsageError
 from vstack.local import LocalMesh, LocalNode, free_port
 from vstack.mesh.changes import AddMember, Authorise, ChangeRefused, RemoveMember, Revoke, successor
@@ -36,6 +35,7 @@ from vstack.mesh.keys import (
     parse_public,
     short,
 )
+from vstack.mesh.mesh_client import Change, MeshClient, connect
 from vstack.mesh.messages import PROTOCOL_VERSION, Body, Envelope, Failure, Header, Hello, decode, encode
 from vstack.mesh.sockets import Lane, endpoint, speak_as
 from vstack.samples import make_sample

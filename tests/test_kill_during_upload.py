@@ -18,10 +18,10 @@ import pytest
 from vstack.client.catalogue import Video, chunk_table, read_video
 from vstack.client.downloader import download
 from vstack.client.fetcher import ChunkFetcher
-from vstack.client.mesh_client import MeshClient, connect
 from vstack.client.uploader import UploadOptions, UploadResult, upload
 from vstack.errors import VstackError
 from vstack.local import LocalMesh, LocalNode
+from vstack.mesh.mesh_client import MeshClient, connect
 from vstack.mesh.registers import chunk_prefix, unpack_chunk
 
 from .cluster import running_mesh

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from vstack.client.members import Moving, moving
-from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.local import LocalMesh, LocalNode, NodeFailed, free_port
 from vstack.mesh.changes import DrainMember, RemoveMember
 from vstack.mesh.config import group, leader
 from vstack.mesh.dialer import Refused
+from vstack.mesh.mesh_client import Change, MeshClient, connect
 from vstack.mesh.messages import ChangeMesh, MeshChanged, Ok
 from vstack.mesh.registers import UploadId, chunk_key, video_key
 

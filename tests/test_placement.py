@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vstack.mesh.config import Member
-from vstack.mesh.placement import choose_scheme, fits, next_holder, order, shortfall, survives, wanted_scheme
+from vstack.mesh.placement import choose_scheme, fits, next_holder, order, shortfall, survives
 from vstack.mesh.registers import ERASURE, REPLICATED, Scheme
 
 VIDEO = "ab" * 32
@@ -211,8 +211,3 @@ def test_what_is_placed_survives_the_loss_of_any_node(count: int) -> None:
     nodes = members(count)
     for chunk in range(100):
         assert survives(ERASURE, place(nodes, 5, chunk))
-
-
-def test_redundancy_by_name() -> None:
-    assert wanted_scheme("auto") == wanted_scheme("erasure") == ERASURE == Scheme(3, 5)
-    assert wanted_scheme("replicated") == REPLICATED == Scheme(1, 3)

@@ -10,10 +10,10 @@ from msgspec.structs import replace
 
 from vstack.client.catalogue import Video, chunk_table, delete_video, read_video
 from vstack.client.downloader import download
-from vstack.client.mesh_client import Change, MeshClient
 from vstack.client.uploader import UploadOptions, UploadResult, upload
 from vstack.errors import BadInput
 from vstack.local import LocalMesh
+from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.registers import chunk_key, pack, unpack_chunk, video_key
 from vstack.samples import make_sample
 

@@ -14,10 +14,11 @@ from vstack.mesh.registers import (
     EPOCH_SHIFT,
     ERASURE,
     INIT_INDEX,
+    MAX_K,
+    MAX_M,
     MAX_RECORD,
     NO_NODE,
     PIECE_KEY_BYTES,
-    UPLOADED,
     ChunkEntry,
     ChunkRecord,
     Generation,
@@ -25,6 +26,7 @@ from vstack.mesh.registers import (
     Media,
     PieceKey,
     Place,
+    Scheme,
     Track,
     UploadId,
     VideoRecord,
@@ -136,7 +138,7 @@ def test_records_come_back_as_they_were_packed() -> None:
     record = video(3, title="Ein Titel, ünïcode 🎬", lost=("chapter names",))
     assert unpack_video(pack(record)) == record
     entry = ChunkEntry(7, 100, 10, 2 << 20, HASH, dependent=True)
-    chunk = ChunkRecord(entry, ERASURE, UPLOADED, PLACES)
+    chunk = ChunkRecord(entry, ERASURE, PLACES)
     assert unpack_chunk(pack(chunk)) == chunk
 
 
@@ -155,8 +157,10 @@ def test_a_film_with_many_languages_and_a_long_title_fits() -> None:
 
 def test_a_chunk_on_many_nodes_fits() -> None:
     entry = ChunkEntry(99_999_999, 1 << 60, 1 << 40, 8 << 20, HASH, dependent=True)
-    places = tuple(Place(f"{i:032x}", i, HASH) for i in range(50))
-    assert len(pack(ChunkRecord(entry, ERASURE, Generation(1 << 62, NO_NODE, 9, 9), places))) <= MAX_RECORD
+    places = tuple(
+        Place(f"{i:032x}", i, HASH, Generation(1 << 62, f"{i:032x}", 1 << 31, 1 << 31)) for i in range(MAX_M)
+    )
+    assert len(pack(ChunkRecord(entry, Scheme(MAX_K, MAX_M), places))) <= MAX_RECORD
 
 
 def test_a_record_that_does_not_fit_is_an_error_for_a_person_and_says_how_large_it_is() -> None:

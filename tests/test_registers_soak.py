@@ -21,10 +21,10 @@ from random import Random
 import pytest
 
 from vstack.client.members import find_member, until_settled
-from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.errors import MeshUnavailable, OutcomeUnknown, VstackError
 from vstack.local import LocalNode, free_port
 from vstack.mesh.changes import RemoveMember
+from vstack.mesh.mesh_client import Change, MeshClient, connect
 from vstack.mesh.messages import Op, Outcome, Unknown
 
 from .links import Links

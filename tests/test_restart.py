@@ -9,10 +9,10 @@ import pytest
 
 from vstack.client.catalogue import list_videos
 from vstack.client.downloader import download
-from vstack.client.mesh_client import MeshClient
 from vstack.client.proof import compare_files
 from vstack.client.uploader import UploadOptions, upload
 from vstack.local import LocalNode
+from vstack.mesh.mesh_client import MeshClient
 from vstack.samples import make_sample
 
 from .cluster import running_mesh, with_client

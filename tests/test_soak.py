@@ -19,10 +19,10 @@ import pytest
 
 from vstack.client.catalogue import delete_video, find_video, list_videos
 from vstack.client.downloader import download
-from vstack.client.mesh_client import MeshClient, connect
 from vstack.client.uploader import UploadOptions, upload
 from vstack.errors import NotFound, OutcomeUnknown
 from vstack.local import LocalMesh, LocalNode
+from vstack.mesh.mesh_client import MeshClient, connect
 
 from .cluster import running_mesh
 from .test_kill_during_upload import assert_one_chosen_value_per_version, start_journaling

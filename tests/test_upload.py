@@ -18,13 +18,13 @@ import pytest
 from vstack.client.catalogue import chunk_table, find_video, list_videos, read_video
 from vstack.client.chunker import Chunk, CutRules, Ingest
 from vstack.client.downloader import download
-from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.client.pieces import PieceWriter
 from vstack.client.player import PlayOptions, play
 from vstack.client.proof import compare_files
 from vstack.client.uploader import Progress, UploadOptions, upload
 from vstack.errors import BadInput
 from vstack.local import LocalMesh
+from vstack.mesh.mesh_client import Change, MeshClient, connect
 from vstack.mesh.registers import ERASURE, REPLICATED, UploadId, chunk_key, chunk_prefix
 from vstack.samples import make_sample
 

@@ -11,11 +11,11 @@ from random import Random
 import pytest
 
 from vstack.client import catalogue
-from vstack.client.mesh_client import MeshClient
 from vstack.client.player import PlayOptions, play
 from vstack.client.uploader import upload
 from vstack.local import LocalMesh, LocalNode
 from vstack.mesh.config import Config, Member, View, group
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import ABSENT, Found, Ok, Op, Outcome, Unknown, Value
 from vstack.mesh.paxos.change import apply
 from vstack.mesh.registers import (

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from vstack.client.mesh_client import Change, MeshClient, connect
 from vstack.local import LocalNode, free_port
 from vstack.mesh.config import leader
+from vstack.mesh.mesh_client import Change, MeshClient, connect
 from vstack.mesh.messages import Ok
 from vstack.mesh.registers import UploadId, chunk_key, video_key
 

@@ -10,11 +10,11 @@ from vstack.cli import show
 from vstack.client.catalogue import Video, chunk_table, delete_video, find_video, list_videos, views
 from vstack.client.downloader import media_of
 from vstack.client.fetcher import holders, init_record
-from vstack.client.mesh_client import MeshClient
 from vstack.client.pieces import what
 from vstack.errors import MeshUnavailable
 from vstack.mesh.config import Config, NodeId
-from vstack.mesh.placement import shortfall, wanted_scheme
+from vstack.mesh.mesh_client import MeshClient
+from vstack.mesh.placement import shortfall
 from vstack.mesh.registers import ChunkRecord, Place
 
 VIEW_DAYS = 30
@@ -64,6 +64,8 @@ def _video_json(v: Video) -> dict[str, object]:
         "bytes": r.size,
         "chunks": r.chunks,
         "redundancy": r.redundancy,
+        "erasure": "/".join(map(str, r.erasure)),
+        "hot": r.hot,
         "container": r.media.container if r.media else None,
         "source_bytes": r.source_size,
     }
@@ -75,7 +77,7 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
     seen = await views(mesh, video.id, VIEW_DAYS)
     r, media = video.record, media_of(video)
     schemes = Counter(c.scheme for c in table)
-    wanted = wanted_scheme(r.redundancy)
+    wanted = r.wanted
     short = sorted({shortfall(wanted, s) for s in schemes} - {""})
     needed = [*table, *([] if r.init is None else [init_record(r.init)])]
     if any(mesh.config.member(p.node) is None for c in needed for p in c.places):
@@ -117,7 +119,7 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
         shape = f" {t.width}x{t.height}" if t.width else f" {t.sample_rate} Hz" if t.sample_rate else ""
         show.out.print(f"  {t.kind:<11} {t.codec}{shape} {t.language}".rstrip())
     said = ", ".join(f"{show.count(n, 'chunk')} as {s.name}" for s, n in schemes.items())
-    show.out.print(f"  redundancy  {r.redundancy}: {said}")
+    show.out.print(f"  redundancy  {r.redundancy}{' (hot)' if r.hot else ''}: {said}")
     show.out.print(f"  views       {seen} in the last {VIEW_DAYS} days")
     show.out.print(f"  survives    {survives(config, needed)}")
     for line in (*_lost_line(lost), *short, *(f"not kept of the source: {x}" for x in media.lost)):

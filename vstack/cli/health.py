@@ -7,9 +7,9 @@ import asyncio
 from collections import Counter
 
 from vstack.cli import show
-from vstack.client.mesh_client import MeshClient
 from vstack.errors import VstackError
 from vstack.mesh.config import Config, Member, NodeId
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import Status
 
 DEGRADED = 8

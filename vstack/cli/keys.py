@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Awaitable, Callable
 
 from vstack.cli import show
-from vstack.client.mesh_client import MeshClient
 from vstack.errors import NotFound, UsageError
 from vstack.mesh.changes import Authorise, Revoke
 from vstack.mesh.config import Grant, Role
 from vstack.mesh.keys import ADMIN_KEY, MESH_KEY, init_mesh, load_mesh_public, new_client, parse_public, short
+from vstack.mesh.mesh_client import MeshClient
 
 MIN_PREFIX = 8
 """Hex digits that name a key, where they name one alone."""

@@ -10,10 +10,10 @@ from time import monotonic
 from vstack.cli import show
 from vstack.client import members
 from vstack.client.members import Moving
-from vstack.client.mesh_client import MeshClient
 from vstack.errors import MeshUnavailable, UsageError, VstackError
 from vstack.mesh.changes import DrainMember, MeshChange, RemoveMember
 from vstack.mesh.config import Config
+from vstack.mesh.mesh_client import MeshClient
 
 SERVES_WITHIN = 60.0
 """Seconds that a new member has to adopt the configuration that names it."""

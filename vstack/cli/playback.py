@@ -8,10 +8,10 @@ from rich.live import Live
 
 from vstack.cli import show
 from vstack.client.catalogue import find_video
-from vstack.client.mesh_client import MeshClient
 from vstack.client.player import Playback, PlayOptions
 from vstack.client.player import play as play_video
 from vstack.errors import UsageError
+from vstack.mesh.mesh_client import MeshClient
 
 
 async def play(mesh: MeshClient, options: argparse.Namespace) -> int:

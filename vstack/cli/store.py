@@ -15,9 +15,9 @@ from vstack.cli import interrupt, show
 from vstack.client import output
 from vstack.client.catalogue import Video, find_video
 from vstack.client.downloader import download, media_of
-from vstack.client.mesh_client import MeshClient
 from vstack.client.uploader import Progress, UploadOptions, upload
 from vstack.errors import BadInput, UsageError, VstackError
+from vstack.mesh.mesh_client import MeshClient
 
 MEDIA_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".m4a", ".mkv", ".mka", ".webm", ".avi", ".flv", ".ts", ".m2ts", ".mts",

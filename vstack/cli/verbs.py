@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from vstack.cli import catalogue, health, keys, mesh, playback, store
-from vstack.client.mesh_client import MeshClient, connect
+from vstack.mesh.mesh_client import MeshClient, connect
 
 VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
     "put": store.put,

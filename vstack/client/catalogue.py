@@ -12,9 +12,9 @@ from time import time
 
 import msgspec
 
-from vstack.client.mesh_client import Change, MeshClient
 from vstack.errors import DamagedData, MeshUnavailable, NotFound, VstackError
 from vstack.mesh.config import NodeId
+from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.messages import Mismatch
 from vstack.mesh.registers import (
     ChunkRecord,

@@ -16,19 +16,17 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from vstack import erasure
-from vstack.client.mesh_client import MeshClient
 from vstack.client.pieces import what
 from vstack.client.scheduler import BestHolder, Fetch, PieceWanted, Scheduler, Wanted
 from vstack.errors import DamagedData, MeshUnavailable, VstackError
 from vstack.mesh.config import NodeId
 from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.registers import (
     INIT_INDEX,
-    UPLOADED,
     ChunkEntry,
     ChunkRecord,
     InitPiece,
-    PieceKey,
     Scheme,
     UploadId,
     chunk_key,
@@ -72,7 +70,7 @@ class _Job:
 def init_record(init: InitPiece) -> ChunkRecord:
     """The init segment as if it were a chunk: whole copies, under INIT_INDEX."""
     entry = ChunkEntry(INIT_INDEX, 0, 0, init.size, init.sha256)
-    return ChunkRecord(entry, Scheme(1, len(init.places)), UPLOADED, init.places)
+    return ChunkRecord(entry, Scheme(1, len(init.places)), init.places)
 
 
 def holders(record: ChunkRecord, nodes: Collection[NodeId]) -> list[NodeId]:
@@ -186,7 +184,11 @@ class ChunkFetcher:
             self._scheduler.failed(fetch.number, monotonic(), gone=True)
             return
         record = job.record
-        key = PieceKey(self._video, self._upload, fetch.chunk, fetch.piece, record.generation)
+        place = next((p for p in record.places if (p.node, p.piece) == (fetch.node, fetch.piece)), None)
+        if place is None:  # the register was read again meanwhile, and names other places
+            self._scheduler.failed(fetch.number, monotonic(), gone=True)
+            return
+        key = record.key(self._video, self._upload, place)
         try:
             data, info = await self._mesh.get_range(fetch.node, key, fetch.offset, fetch.length, timeout=10.0)
             size = erasure.fragment_size(record.entry.size, record.scheme.k)

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
-from vstack.client.mesh_client import MeshClient
 from vstack.errors import MeshUnavailable, NotFound, UsageError, VstackError
 from vstack.mesh.changes import (
     AddMember,
@@ -25,6 +24,7 @@ from vstack.mesh.changes import (
 )
 from vstack.mesh.config import Config, Member, NodeId, View, group, key_subject
 from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import Chain, ForceConfig, GetConfig, GetHoldings, Holdings, MeshChanged, Status
 from vstack.mesh.sockets import Lane
 

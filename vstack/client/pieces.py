@@ -10,10 +10,10 @@ import hashlib
 import os
 
 from vstack import erasure
-from vstack.client.mesh_client import MeshClient
 from vstack.errors import BadInput, MeshUnavailable
 from vstack.mesh.config import NodeId
 from vstack.mesh.dialer import NoAnswer, Refused
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import MAX_PIECE
 from vstack.mesh.placement import next_holder, order, survives
 from vstack.mesh.registers import INIT_INDEX, PieceKey, Place, Scheme, UploadId, uploaded
@@ -84,7 +84,7 @@ class PieceWriter:
             raise self._too_few(index, scheme)
         number = 0 if scheme.k == 1 else None
         return tuple(
-            Place(node, piece if number is None else number, hashes[piece])
+            Place(node, piece if number is None else number, hashes[piece], uploaded(scheme))
             for piece, node in sorted(taken.items())
         )
 

@@ -27,9 +27,9 @@ from vstack.client.catalogue import Video, chunk_table
 from vstack.client.decode import ChunkDecoder, DecodedChunk
 from vstack.client.downloader import fetch_init, media_of
 from vstack.client.fetcher import ChunkFetcher, FetchedChunk
-from vstack.client.mesh_client import MeshClient
 from vstack.errors import UsageError
 from vstack.mesh.config import NodeId
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.registers import ChunkRecord
 
 MARGIN = 2.5

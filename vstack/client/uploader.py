@@ -29,11 +29,11 @@ import msgspec
 from vstack.client.catalogue import MAX_TITLE, Video, read_video
 from vstack.client.chunker import Chunk, CutRules, Ingest, ProofFailed, recipe
 from vstack.client.fetcher import holders, init_record
-from vstack.client.mesh_client import Change, MeshClient
 from vstack.client.pieces import PieceWriter, TooFewNodes
 from vstack.errors import BadInput, MeshUnavailable, VstackError
+from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.messages import Mismatch
-from vstack.mesh.placement import choose_scheme, shortfall, wanted_scheme
+from vstack.mesh.placement import choose_scheme, shortfall
 from vstack.mesh.registers import (
     INIT_INDEX,
     REPLICATED,
@@ -51,7 +51,6 @@ from vstack.mesh.registers import (
     table_hash,
     unpack_chunk,
     unpack_video,
-    uploaded,
     video_key,
 )
 
@@ -66,6 +65,8 @@ class UploadOptions:
     """Empty: unchanged for a known video; for a new one `new_title`, or the file's name without extension."""
     redundancy: Redundancy | None = None
     """None: auto for a new video, unchanged for a known one."""
+    erasure: Scheme | None = None
+    """How fragments are made. None: as the mesh's policy says for a new video, unchanged for a known one."""
     opaque: bool = False
     salvage: bool = False
     rules: CutRules = field(default_factory=CutRules)
@@ -308,6 +309,11 @@ class _Upload:
                     f"an upload with redundancy {found.record.redundancy} goes on, not "
                     f"{self.options.redundancy}: put the file again when it is done to change that"
                 )
+            if self.options.erasure not in (None, found.record.erasure):
+                self._warn(
+                    f"an upload as {found.record.erasure.name} goes on: put the file again when it is done "
+                    "to change that"
+                )
             page = await self.mesh.list(chunk_prefix(self.id, found.upload))
             known = [unpack_chunk(row.data) for row in page.rows]
             return found, {r.entry.index: r for r in known}
@@ -318,6 +324,8 @@ class _Upload:
             redundancy=self.options.redundancy or (before.redundancy if before else "auto"),
             recipe=wanted,
             source_size=self.ingest.source_size,
+            erasure=self.options.erasure
+            or (before.erasure if before else Scheme(*self.mesh.config.policy.erasure)),
         )
         outcome = await self.mesh.change(Change(video_key(self.id), expect, pack(record)))
         return None if isinstance(outcome, Mismatch) else (Video(self.id, outcome.version, record), {})
@@ -330,8 +338,10 @@ class _Upload:
             upload=found.upload,
             title=self._title() if self.options.title else found.record.title,
             redundancy=self.options.redundancy or found.record.redundancy,
+            erasure=self.options.erasure or found.record.erasure,
+            waited=0,
         )
-        if record == msgspec.structs.replace(found.record, upload=found.upload):
+        if record == msgspec.structs.replace(found.record, upload=found.upload, waited=0):
             return found, "present"
         outcome = await self.mesh.change(Change(video_key(self.id), found.version, pack(record)))
         if isinstance(outcome, Mismatch):
@@ -355,7 +365,7 @@ class _Upload:
         self, upload: UploadId, known: dict[int, ChunkRecord]
     ) -> tuple[list[ChunkEntry], InitPiece | None, Media]:
         assert self._open is not None
-        scheme = self._scheme(self._open.record.redundancy)
+        scheme = self._scheme(self._open.record.wanted)
         entries: list[ChunkEntry] = []
         room = _Room(IN_FLIGHT_BYTES)
         chunks = self.ingest.chunks()
@@ -382,8 +392,7 @@ class _Upload:
             raise BadInput(f"{self.path} holds nothing to store")
         return entries, init.result(), self.ingest.media
 
-    def _scheme(self, redundancy: Redundancy) -> Scheme:
-        wanted = wanted_scheme(redundancy)
+    def _scheme(self, wanted: Scheme) -> Scheme:
         scheme = choose_scheme(wanted, len(self.mesh.members))
         short = shortfall(wanted, scheme)
         if short:
@@ -410,7 +419,7 @@ class _Upload:
             room.give(len(chunk.data))
         if len(places) < scheme.m:
             self._warn(f"{shortfall(scheme, Scheme(1, len(places)))}: some nodes are down")
-        record = ChunkRecord(entry, scheme, uploaded(scheme), places)
+        record = ChunkRecord(entry, scheme, places)
         key = chunk_key(self.id, upload, entry.index)
         outcome = await self._registrar.create(Change(key, 0, pack(record)))
         if isinstance(outcome, Mismatch):

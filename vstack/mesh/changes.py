@@ -24,6 +24,7 @@ from vstack.mesh.config import (
     Hex32,
     Member,
     NodeId,
+    Policy,
     PublicKey,
     View,
     host_and_port,
@@ -87,7 +88,23 @@ class GiveUp(msgspec.Struct, frozen=True, array_like=True, tag=8):
     lost: Annotated[tuple[Hex32, ...], Meta(max_length=1024)]
 
 
-MeshChange = AddMember | ReplaceMember | RemoveMember | DrainMember | Authorise | Revoke | MoveBase | GiveUp
+class SetPolicy(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """Videos are kept in another way from now on."""
+
+    policy: Policy
+
+
+MeshChange = (
+    AddMember
+    | ReplaceMember
+    | RemoveMember
+    | DrainMember
+    | Authorise
+    | Revoke
+    | MoveBase
+    | GiveUp
+    | SetPolicy
+)
 
 
 def leaving(view: View) -> frozenset[NodeId]:
@@ -116,7 +133,7 @@ def successor(view: View, change: MeshChange, change_id: bytes = b"") -> Config:
     config = view.config
     if isinstance(change, GiveUp):
         return forced(view, change.lost, change_id)
-    members, grants = list(config.members), list(config.grants)
+    members, grants, policy = list(config.members), list(config.grants), config.policy
     base = config.epoch if view.is_settled() else config.base
     if isinstance(change, AddMember):
         members = _with_member(members, change.member)
@@ -139,6 +156,13 @@ def successor(view: View, change: MeshChange, change_id: bytes = b"") -> Config:
         grants = [g for g in grants if g.key != change.key]
         if len(grants) == len(config.grants):
             raise ChangeRefused("no client of this mesh has that key")
+    elif isinstance(change, SetPolicy):
+        policy = change.policy
+        if policy == config.policy:
+            raise ChangeRefused("that is the policy already")
+        k, m = policy.erasure
+        if m <= k:
+            raise ChangeRefused(f"{k}/{m} is not an erasure code: m, all fragments, must be more than k")
     else:
         base = change.base
     if config.grants and not any(g.role == "admin" for g in grants):
@@ -150,6 +174,7 @@ def successor(view: View, change: MeshChange, change_id: bytes = b"") -> Config:
         config.hash_version,
         tuple(grants),
         change_id,
+        policy=policy,
     )
     _check(view, new)
     return new
@@ -175,6 +200,7 @@ def forced(view: View, lost: Sequence[NodeId], change_id: bytes) -> Config:
         config.grants,
         change_id,
         tuple(sorted(gone)),
+        config.policy,
     )
 
 

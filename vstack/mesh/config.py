@@ -60,6 +60,27 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     name: Annotated[str, Meta(max_length=64)] = ""
 
 
+Seconds = Annotated[int, Meta(ge=0, le=10 * 365 * 86_400)]
+
+
+class Policy(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the mesh keeps videos: the same for all of its nodes and clients, and changed while it runs."""
+
+    erasure: tuple[Annotated[int, Meta(ge=2, le=16)], Annotated[int, Meta(ge=3, le=32)]] = (3, 5)
+    """k and m of new videos' fragments: any k of m give a chunk back."""
+    hot_views: Annotated[int, Meta(ge=1, le=1 << 40)] = 1000
+    """A video with more views than this, over the window, is kept as whole copies."""
+    window_days: Annotated[int, Meta(ge=1, le=3650)] = 30
+    repair_delay: Seconds = 600
+    """After which what a silent node held counts as missing."""
+    grace: Seconds = 600
+    """For which pieces stay that no register names any more: somebody may be reading them."""
+    undelete: Seconds = 86_400
+    """For which a deleted video can be had back, and an upload that nobody goes on with is kept."""
+    repair_rate: Annotated[int, Meta(ge=1 << 10, le=1 << 40)] = 32 << 20
+    """Bytes a second that each node reads and writes at most, to repair and to move."""
+
+
 class Config(msgspec.Struct, frozen=True):
     """One configuration of the mesh: immutable once decided."""
 
@@ -75,6 +96,7 @@ class Config(msgspec.Struct, frozen=True):
     lost: Annotated[tuple[Hex32, ...], Meta(max_length=1024)] = ()
     """Nodes that the operator has declared lost for good, in this very change: nobody waits for their
     votes in older epochs. Their registers may have lost their latest change."""
+    policy: Policy = Policy()
 
     @property
     def g(self) -> int:

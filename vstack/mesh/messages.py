@@ -43,6 +43,8 @@ MAX_SUBMIT = 512
 MAX_UPDATES = 40
 """Statements in one message of gossip: with 30 bytes each, it usually fits one Ethernet frame."""
 MAX_SCAN = 1000
+MAX_INVENTORY = 512
+"""Pieces in one question about what a node holds."""
 """Registers in one page of a range."""
 
 Key = Annotated[
@@ -453,6 +455,8 @@ class PutPiece(msgspec.Struct, frozen=True, array_like=True, tag=15):
     m: Annotated[int, Meta(ge=1, le=255)]
     chunk_length: Annotated[int, Meta(ge=0, le=1 << 32)]
     sha256: Hash
+    purpose: Annotated[str, Meta(pattern=r"^(upload|repair|demotion)\Z")] = "upload"
+    """How full the disk may get for it: see `Purpose`."""
 
 
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag=16):
@@ -473,6 +477,62 @@ class PieceData(msgspec.Struct, frozen=True, array_like=True, tag=18):
     """Length of the whole piece."""
     crc32: U64
     """zlib's CRC-32 of the payload part."""
+
+
+class GetInventory(msgspec.Struct, frozen=True, array_like=True, tag=30):
+    """Asks what a node holds of some pieces. Answered by `Inventory`."""
+
+    keys: Annotated[tuple[WirePieceKey, ...], Meta(min_length=1, max_length=MAX_INVENTORY)]
+    verified_within: U32 | None = None
+    """Seconds: a piece counts if it was written, or read and compared with its hash, within so many;
+    otherwise it is read now. None: what the index says is enough."""
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True):
+    """What a node says of one piece."""
+
+    state: Annotated[str, Meta(pattern=r"^(present|absent|quarantined)\Z")]
+    """quarantined: it was there, was found damaged, and is not served."""
+    sha256: Annotated[bytes, Meta(max_length=32)] = b""
+    """Of the payload, as it was stored; empty if absent."""
+
+
+class Inventory(msgspec.Struct, frozen=True, array_like=True, tag=31):
+    """One answer for each key, in order."""
+
+    held: Annotated[tuple[Held, ...], Meta(max_length=MAX_INVENTORY)]
+
+
+class GetUsage(msgspec.Struct, frozen=True, array_like=True, tag=32):
+    """Asks what the pieces of each video take on a node's disk, from video `after` on."""
+
+    after: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+
+
+class UsageRow(NamedTuple):
+    """The pieces of one video and one scheme."""
+
+    video: str
+    k: int
+    m: int
+    pieces: int
+    payload_bytes: int
+    record_bytes: int
+    """As they lie on disk: headers, payloads, padding, footers."""
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True, tag=33):
+    """Whole videos, in order of their ids."""
+
+    rows: tuple[UsageRow, ...]
+    after: str
+    """Where the next page starts; empty at the end."""
+
+
+class Hasten(msgspec.Struct, frozen=True, array_like=True, tag=34):
+    """Asks a node to begin now what it does from time to time. Answered by `Noted`."""
+
+    job: Annotated[str, Meta(pattern=r"^(repair|scrub|gc)\Z")]
 
 
 class GetStatus(msgspec.Struct, frozen=True, array_like=True, tag=19):
@@ -511,6 +571,8 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag=20):
     """Some registers may still be held by groups of older epochs: base has not passed them."""
     waiting: dict[int, tuple[str, ...]] = {}
     """Why they have not: by open epoch, the nodes that still have to settle what they hold."""
+    keeper: dict[str, float] = {}
+    """What this node does to keep the pieces of its videos: queues, bytes, seconds."""
 
 
 class ChangeMesh(msgspec.Struct, frozen=True, array_like=True, tag=21):
@@ -603,6 +665,11 @@ Body = (
     | PingRequest
     | GetHoldings
     | Holdings
+    | GetInventory
+    | Inventory
+    | GetUsage
+    | Usage
+    | Hasten
 )
 
 

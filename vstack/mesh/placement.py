@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from vstack.mesh.config import Member, NodeId
-from vstack.mesh.registers import ERASURE, REPLICATED, Scheme
+from vstack.mesh.registers import REPLICATED, Scheme
 
 
 def order(members: Sequence[Member], video: str, chunk: int) -> list[Member]:
@@ -70,8 +70,3 @@ def next_holder(
     if not usable:
         return None
     return min(usable, key=lambda m: (taken.count(m.node), usable.index(m)))
-
-
-def wanted_scheme(redundancy: str) -> Scheme:
-    """`auto` starts cold; `replicated` and `erasure` are pinned."""
-    return REPLICATED if redundancy == "replicated" else ERASURE

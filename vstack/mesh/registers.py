@@ -17,6 +17,7 @@ Zero-padded, so that the chunk table of an upload is one contiguous range.
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from typing import Annotated, Literal, NamedTuple
 
@@ -24,8 +25,9 @@ import msgspec
 from msgspec import Meta
 
 from vstack.errors import BadInput
+from vstack.mesh.config import Policy
 
-MAX_RECORD = 4096
+MAX_RECORD = 8192
 """Upper bound of a packed record, in bytes."""
 
 INIT_INDEX = 0xFFFF_FFFF
@@ -33,6 +35,10 @@ INIT_INDEX = 0xFFFF_FFFF
 
 NO_NODE = "0" * 32
 """Written as the node of a generation when no keeper was involved: the pieces of an upload."""
+
+MAX_K = 16
+MAX_M = 32
+"""Bounds of an erasure code, so that a chunk's register stays small."""
 
 
 class UploadId(NamedTuple):
@@ -114,7 +120,29 @@ class Scheme(NamedTuple):
 
 
 REPLICATED = Scheme(1, 3)
-ERASURE = Scheme(3, 5)
+ERASURE = Scheme(*Policy().erasure)
+
+
+def parse_scheme(text: str) -> Scheme:
+    """`3/5` -> any 3 of 5. Raises BadInput for what is no erasure code, or over its bounds."""
+    found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
+    if not found:
+        raise BadInput(f"{text!r} is not an erasure code: write it as 3/5, for any 3 of 5 fragments")
+    scheme = Scheme(int(found[1]), int(found[2]))
+    check_erasure(scheme)
+    return scheme
+
+
+def check_erasure(scheme: Scheme) -> None:
+    """Raises BadInput unless fragments of this scheme can be made, stored and lost."""
+    k, m = scheme
+    if k < 2 or m <= k:
+        raise BadInput(
+            f"{k}/{m} is not an erasure code: k, the fragments that give a chunk back, must be 2 or more, "
+            "and m, all of them, more than k. Whole copies are `--redundancy replicated`"
+        )
+    if k > MAX_K or m > MAX_M:
+        raise BadInput(f"{k}/{m} is over the bounds of {MAX_K}/{MAX_M}")
 
 
 def uploaded(scheme: Scheme) -> Generation:
@@ -126,11 +154,12 @@ Redundancy = Literal["auto", "replicated", "erasure"]
 
 
 class Place(NamedTuple):
-    """Where one piece lies: the node that acknowledged it durable, and the piece's SHA-256."""
+    """Where one piece lies: the node that acknowledged it durable, the piece's SHA-256, who wrote it."""
 
     node: str
     piece: int
     sha256: bytes
+    generation: Generation = UPLOADED
 
 
 class Track(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -187,8 +216,11 @@ class ChunkRecord(msgspec.Struct, frozen=True, array_like=True):
 
     entry: ChunkEntry
     scheme: Scheme
-    generation: Generation
     places: tuple[Place, ...]
+
+    def key(self, video: str, upload: UploadId, place: Place) -> PieceKey:
+        """The name of the piece that lies at `place`."""
+        return PieceKey(video, upload, self.entry.index, place.piece, place.generation)
 
 
 class InitPiece(msgspec.Struct, frozen=True, array_like=True):
@@ -223,6 +255,20 @@ class VideoRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Sum of the chunks' sizes."""
     table: bytes = b""
     """SHA-256 of the packed chunk table (`table_hash`)."""
+    erasure: Scheme = ERASURE
+    """How its fragments are made, while it is cold or pinned to fragments."""
+    hot: bool = False
+    """It is viewed so much that it is to be kept as whole copies, unless it is pinned."""
+    waited: int = 0
+    """Seconds of the mesh's running time that it has been in its state, as far as keepers have counted:
+    for what is done after a while. Starts over with each state."""
+
+    @property
+    def wanted(self) -> Scheme:
+        """How its chunks are to be kept, in a mesh that is large enough."""
+        if self.redundancy == "replicated" or (self.redundancy == "auto" and self.hot):
+            return REPLICATED
+        return self.erasure
 
 
 class Slot(NamedTuple):

@@ -22,7 +22,7 @@ import msgspec
 import zmq
 
 from vstack.errors import DamagedData, MeshUnavailable, OutcomeUnknown, UsageError, VstackError
-from vstack.mesh.changes import Authorise, MeshChange, Revoke
+from vstack.mesh.changes import Authorise, MeshChange, Revoke, SetPolicy
 from vstack.mesh.config import Config, Member, NodeId, group, key_subject, leader, same_leader
 from vstack.mesh.dialer import Answered, Dialer, KeyRefused, NoAnswer, Refused
 from vstack.mesh.keys import ClientKey, load_client
@@ -484,9 +484,11 @@ def _parts(which: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _is_made(config: Config, change: MeshChange) -> bool:
-    """Whether a change of who may use the mesh has nothing left to do."""
+    """Whether a change of who may use the mesh, and how, has nothing left to do."""
     if isinstance(change, Authorise):
         return change.grant in config.grants
+    if isinstance(change, SetPolicy):
+        return change.policy == config.policy
     return isinstance(change, Revoke) and all(g.key != change.key for g in config.grants)
 
 
