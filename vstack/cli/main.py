@@ -10,8 +10,9 @@ from pathlib import Path
 
 from vstack import __version__
 from vstack.cli import interrupt, keys, local, mesh, show, verbs
-from vstack.errors import UsageError, VstackError
+from vstack.errors import BadInput, UsageError, VstackError
 from vstack.mesh.keys import ADMIN_KEY, find_client_key
+from vstack.mesh.registers import Scheme, parse_scheme
 
 EPILOG = """\
 VIDEO is an id, a unique prefix of at least 6 characters, or a unique exact title.
@@ -66,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     v.add_argument("files", nargs="+", metavar="FILE|DIR", help="what to store; - reads standard input")
     v.add_argument("--title", help="instead of the file's name; for a single file")
     v.add_argument("--redundancy", choices=("auto", "replicated", "erasure"), help="default auto")
+    v.add_argument("--erasure", type=erasure_code, metavar="K/M",
+                   help="any K of M fragments give a chunk back (default: the policy)")  # fmt: skip
     v.add_argument("--opaque", action="store_true", help="store the bytes as they are")
     v.add_argument("--salvage", action="store_true", help="of a file that is cut short, store what is there")
     v.add_argument("--yes", action="store_true", help="accept what the stored form cannot keep")
@@ -90,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     v = verb("status", "health of the mesh, with reasons")
     verb("nodes", "the members, and how they see each other")
+
+    v = verb("policy", "how the mesh keeps its videos: shown, or changed with KEY=VALUE")
+    v.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as in hot-views=1000 or undelete=24h")
 
     v = verb("mesh", "which machines are in the mesh: plan, add, remove, drain, recover", mesh=False)
     mesh.add_parser(v, mesh_options)
@@ -120,6 +126,14 @@ def build_parser() -> argparse.ArgumentParser:
     a = action("revoke", "take a client's rights away, also on connections that are open", mesh=True)
     a.add_argument("who", metavar="KEY|NAME", help="its public key, the beginning of one, or its name")
     return p
+
+
+def erasure_code(text: str) -> Scheme:
+    """The value of an option K/M. Raises ArgumentTypeError."""
+    try:
+        return parse_scheme(text)
+    except BadInput as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
 
 
 def find_peers(given: str | None) -> str:

@@ -57,7 +57,12 @@ async def _put_one(mesh: MeshClient, path: Path, options: argparse.Namespace) ->
         elif path.exists() and not path.is_file():
             raise BadInput(f"{path} is not a regular file: pipe it in with `vstack put - < {path}`")
         wanted = UploadOptions(
-            options.title or "", options.redundancy, options.opaque, options.salvage, new_title=new_title
+            title=options.title or "",
+            redundancy=options.redundancy,
+            erasure=options.erasure,
+            opaque=options.opaque,
+            salvage=options.salvage,
+            new_title=new_title,
         )
         bar = stack.enter_context(show.bar((options.title or new_title or path.stem)[:40]))
 

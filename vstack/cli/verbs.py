@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from vstack.cli import catalogue, health, keys, mesh, playback, store
+from vstack.cli import catalogue, health, keys, mesh, playback, policy, store
 from vstack.mesh.mesh_client import MeshClient, connect
 
 VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
@@ -20,6 +20,7 @@ VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
     "nodes": health.nodes,
     "keys": keys.run,
     "mesh": mesh.run,
+    "policy": policy.policy,
 }
 
 
