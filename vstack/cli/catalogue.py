@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from vstack.cli import show
 from vstack.client.catalogue import Video, chunk_table, delete_video, find_video, list_videos, views
 from vstack.client.downloader import media_of
-from vstack.client.fetcher import holders, init_record
+from vstack.client.fetcher import holders
 from vstack.client.pieces import what
 from vstack.errors import MeshUnavailable
 from vstack.mesh.config import Config, NodeId
 from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.placement import shortfall
-from vstack.mesh.registers import ChunkRecord, Place
+from vstack.mesh.registers import ChunkRecord, Place, init_record
 
 VIEW_DAYS = 30
 """Days over which `info` counts views."""

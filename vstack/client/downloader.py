@@ -18,11 +18,11 @@ from typing import BinaryIO
 
 from vstack.client import output
 from vstack.client.catalogue import Video, chunk_table
-from vstack.client.fetcher import ChunkFetcher, FetchedChunk, init_record
+from vstack.client.fetcher import ChunkFetcher, FetchedChunk
 from vstack.errors import DamagedData
 from vstack.mesh.config import NodeId
 from vstack.mesh.mesh_client import MeshClient
-from vstack.mesh.registers import ChunkRecord, Media
+from vstack.mesh.registers import ChunkRecord, Media, init_record
 
 AHEAD_BYTES = 16 << 20
 """Chunk bytes that are fetched before they are needed."""

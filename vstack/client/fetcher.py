@@ -26,8 +26,6 @@ from vstack.mesh.registers import (
     INIT_INDEX,
     ChunkEntry,
     ChunkRecord,
-    InitPiece,
-    Scheme,
     UploadId,
     chunk_key,
     unpack_chunk,
@@ -65,12 +63,6 @@ class _Job:
     failed_at: float | None = None
     """When a request failed, until the next byte arrives."""
     rereads: int = 0
-
-
-def init_record(init: InitPiece) -> ChunkRecord:
-    """The init segment as if it were a chunk: whole copies, under INIT_INDEX."""
-    entry = ChunkEntry(INIT_INDEX, 0, 0, init.size, init.sha256)
-    return ChunkRecord(entry, Scheme(1, len(init.places)), init.places)
 
 
 def holders(record: ChunkRecord, nodes: Collection[NodeId]) -> list[NodeId]:

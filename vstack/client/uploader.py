@@ -28,7 +28,7 @@ import msgspec
 
 from vstack.client.catalogue import MAX_TITLE, Video, read_video
 from vstack.client.chunker import Chunk, CutRules, Ingest, ProofFailed, recipe
-from vstack.client.fetcher import holders, init_record
+from vstack.client.fetcher import holders
 from vstack.client.pieces import PieceWriter, TooFewNodes
 from vstack.errors import BadInput, MeshUnavailable, VstackError
 from vstack.mesh.mesh_client import Change, MeshClient
@@ -47,6 +47,7 @@ from vstack.mesh.registers import (
     VideoRecord,
     chunk_key,
     chunk_prefix,
+    init_record,
     pack,
     table_hash,
     unpack_chunk,

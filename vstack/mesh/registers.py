@@ -231,6 +231,12 @@ class InitPiece(msgspec.Struct, frozen=True, array_like=True):
     places: tuple[Place, ...]
 
 
+def init_record(init: InitPiece) -> ChunkRecord:
+    """The init segment as if it were a chunk: whole copies, under INIT_INDEX."""
+    entry = ChunkEntry(INIT_INDEX, 0, 0, init.size, init.sha256)
+    return ChunkRecord(entry, Scheme(1, len(init.places)), init.places)
+
+
 VideoState = Literal["uploading", "ready", "aborted", "deleted", "purging"]
 
 
