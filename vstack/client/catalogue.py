@@ -1,4 +1,4 @@
-"""Finding videos: listing, names to ids, a video's chunk table.
+"""Finding videos: listing, names to ids, a video's chunk table. Deleting them, having them back, pinning.
 
 A table is taken as a range read of its chunk registers and checked against the hash in the video's
 register, so that one answer is enough to trust it, whoever gave it.
@@ -7,6 +7,7 @@ register, so that one answer is enough to trust it, whoever gave it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import time
 
@@ -18,8 +19,11 @@ from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.messages import Mismatch
 from vstack.mesh.registers import (
     ChunkRecord,
+    Redundancy,
+    Scheme,
     UploadId,
     VideoRecord,
+    VideoState,
     chunk_prefix,
     pack,
     table_hash,
@@ -34,6 +38,8 @@ from vstack.mesh.registers import (
 MIN_PREFIX = 6
 MAX_TITLE = 200
 """Characters of a title; longer ones are cut."""
+EDIT_TRIES = 20
+"""How often a change of a video is made anew because its register was changed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -84,32 +90,37 @@ async def list_videos(mesh: MeshClient, *, hidden: bool = False) -> Videos:
     return Videos(videos, page.complete, page.silent)
 
 
-async def find_video(mesh: MeshClient, name: str) -> Video:
-    """The ready video that `name` means: an id, a unique prefix of one, or a unique exact title.
+async def find_video(mesh: MeshClient, name: str, state: VideoState = "ready") -> Video:
+    """The video in `state` that `name` means: an id, a unique prefix of one, or a unique exact title.
 
-    Raises NotFound, MeshUnavailable.
+    Raises NotFound, MeshUnavailable; VstackError with the reason if it means videos in other states only.
     """
     if re.fullmatch(r"[0-9a-f]{64}", name):
         video = await read_video(mesh, name)
-        if video is None or video.record.state != "ready":
-            raise NotFound(f"no video {name[:12]}… is ready in this mesh: `vstack ls` shows those that are")
-        return video
-    listing = await list_videos(mesh)
-    found = [v for v in listing.videos if v.record.title == name[:MAX_TITLE]]
-    if re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},63}}", name):
-        found += [v for v in listing.videos if v.id.startswith(name) and v not in found]
+        named, complete, silent = ([] if video is None else [video]), True, 0
+    else:
+        listing = await list_videos(mesh, hidden=state != "ready")
+        named = [v for v in listing.videos if v.record.title == name[:MAX_TITLE]]
+        if re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},63}}", name):
+            named += [v for v in listing.videos if v.id.startswith(name) and v not in named]
+        complete, silent = listing.complete, len(listing.silent)
+    found = [v for v in named if v.record.state == state]
     if len(found) > 1:
         ids = ", ".join(v.id[:12] for v in found[:5])
         raise NotFound(f"{name!r} means more than one video ({ids}): name one by more of its id")
-    if not found and not listing.complete:
-        raise MeshUnavailable(
-            f"cannot tell whether there is a video {name!r}: {len(listing.silent)} nodes do not answer"
-        )
-    if not found:
-        short = re.fullmatch(r"[0-9a-f]{1,5}", name)
-        hint = f"; the prefix of an id needs {MIN_PREFIX} digits" if short else ""
-        raise NotFound(f"no video is called {name!r}: `vstack ls` shows those that are ready{hint}")
-    return found[0]
+    if found:
+        return found[0]
+    if not complete:
+        raise MeshUnavailable(f"cannot tell whether there is a video {name!r}: {silent} nodes do not answer")
+    if state == "deleted":
+        for video in named:
+            _must_be_deleted(video)
+        raise NotFound(f"no deleted video is called {name!r}: `vstack ls --all` shows them")
+    if re.fullmatch(r"[0-9a-f]{64}", name):
+        raise NotFound(f"no video {name[:12]}… is ready in this mesh: `vstack ls` shows those that are")
+    short = re.fullmatch(r"[0-9a-f]{1,5}", name)
+    hint = f"; the prefix of an id needs {MIN_PREFIX} digits" if short else ""
+    raise NotFound(f"no video is called {name!r}: `vstack ls` shows those that are ready{hint}")
 
 
 async def chunk_table(mesh: MeshClient, video: Video) -> list[ChunkRecord]:
@@ -145,12 +156,74 @@ async def views(mesh: MeshClient, video: str, days: int = 30) -> int:
     return total
 
 
-async def delete_video(mesh: MeshClient, video: Video) -> None:
+async def delete_video(mesh: MeshClient, video: Video) -> Video:
     """Hides the video: it is kept, and can be undeleted, until its space is reclaimed.
 
-    Raises OutcomeUnknown, VstackError (somebody else changed it meanwhile).
+    Raises OutcomeUnknown, VstackError (it is not ready any more).
     """
-    changed = msgspec.structs.replace(video.record, state="deleted", upload=video.upload)
-    outcome = await mesh.change(Change(video_key(video.id), video.version, pack(changed)))
-    if isinstance(outcome, Mismatch):
-        raise VstackError(f"video {video.id[:12]} was changed by somebody else just now: look at it again")
+
+    def edit(now: Video) -> VideoRecord:
+        if now.record.state == "deleted":
+            return now.record
+        if now.record.state != "ready":
+            raise VstackError(f"video {now.id[:12]} is not ready any more, but {now.record.state}")
+        return msgspec.structs.replace(now.record, state="deleted", waited=0)
+
+    return await edit_video(mesh, video, edit)
+
+
+async def undelete_video(mesh: MeshClient, video: Video) -> Video:
+    """Shows a deleted video again. Raises OutcomeUnknown, VstackError (it cannot be had back)."""
+
+    def edit(now: Video) -> VideoRecord:
+        _must_be_deleted(now)
+        return msgspec.structs.replace(now.record, state="ready", waited=0)
+
+    return await edit_video(mesh, video, edit)
+
+
+def _must_be_deleted(video: Video) -> None:
+    """Raises VstackError with the reason why a video cannot be undeleted."""
+    reasons = {"ready": "is not deleted", "purging": "is being removed for good: put the file again later"}
+    if video.record.state != "deleted":
+        why = reasons.get(video.record.state, f"is not deleted, but {video.record.state}")
+        raise VstackError(f"video {video.id[:12]} {why}")
+
+
+async def pin_video(
+    mesh: MeshClient, video: Video, redundancy: Redundancy, erasure: Scheme | None = None
+) -> Video:
+    """Says how the video is to be kept, and how its fragments are made (None: as they are). The nodes change
+    its chunks afterwards, in the background.
+
+    Raises OutcomeUnknown, VstackError (it is not ready any more).
+    """
+
+    def edit(now: Video) -> VideoRecord:
+        if now.record.state != "ready":
+            raise VstackError(f"video {now.id[:12]} is not ready any more, but {now.record.state}")
+        code = erasure or now.record.erasure
+        return msgspec.structs.replace(now.record, redundancy=redundancy, erasure=code)
+
+    return await edit_video(mesh, video, edit)
+
+
+async def edit_video(mesh: MeshClient, video: Video, edit: Callable[[Video], VideoRecord]) -> Video:
+    """Changes the register of a video, which others change as well: the nodes count in it. `edit` gives what
+    is to be there instead, and is asked again with what is there then; if that is the same, nothing is
+    written. The upload stays.
+
+    Raises OutcomeUnknown, NotFound (it is gone), whatever `edit` raises, and VstackError if it is changed
+    by others all the time.
+    """
+    for _ in range(EDIT_TRIES):
+        record = msgspec.structs.replace(edit(video), upload=video.upload)
+        if record == msgspec.structs.replace(video.record, upload=video.upload):
+            return video
+        outcome = await mesh.change(Change(video_key(video.id), video.version, pack(record)))
+        if not isinstance(outcome, Mismatch):
+            return Video(video.id, outcome.version, record)
+        if outcome.data is None:
+            raise NotFound(f"video {video.id[:12]} has just been removed for good")
+        video = Video(video.id, outcome.version, unpack_video(outcome.data))
+    raise VstackError(f"video {video.id[:12]} is changed by somebody else all the time: try again")

@@ -15,7 +15,7 @@ from vstack.mesh.config import NodeId
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import MAX_PIECE
-from vstack.mesh.placement import next_holder, order, survives
+from vstack.mesh.placement import next_holder, order, survives, takers
 from vstack.mesh.registers import INIT_INDEX, PieceKey, Place, Scheme, UploadId, uploaded
 
 BUSY_TRIES = 50
@@ -51,8 +51,7 @@ class PieceWriter:
                 f"{what(index)} has pieces of {len(pieces[0]) >> 20} MiB, over the bound of "
                 f"{MAX_PIECE >> 20} MiB: its pictures are too large to be cut; --opaque stores the bytes"
             )
-        members = [m for m in self._mesh.members if not m.draining]
-        ranked = order(members, self._video, index)
+        ranked = order(takers(self._mesh.members), self._video, index)
         unusable = {m.node for m in ranked if m.node in self._down or self._mesh.silent(m.node)}
         if len(ranked) - len(unusable) < min(scheme.m, len(ranked)):
             unusable = set()  # too few others: try them again

@@ -33,7 +33,7 @@ from vstack.client.pieces import PieceWriter, TooFewNodes
 from vstack.errors import BadInput, MeshUnavailable, VstackError
 from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.messages import Mismatch
-from vstack.mesh.placement import choose_scheme, shortfall
+from vstack.mesh.placement import choose_scheme, shortfall, takers
 from vstack.mesh.registers import (
     INIT_INDEX,
     REPLICATED,
@@ -58,6 +58,8 @@ from vstack.mesh.registers import (
 IN_FLIGHT_BYTES = 24 << 20
 """Chunk bytes that are being written at once, before redundancy."""
 HASH_BLOCK = 1 << 20
+END_TRIES = 20
+"""How often the end of an upload is written again, because its register was changed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,10 @@ class _Upload:
             if found is not None and found.record.state in ("ready", "deleted"):
                 lost = await self._lost_chunks(found)
                 if not lost:
-                    return await self._update(found)
+                    updated = await self._update(found)
+                    if updated is None:
+                        continue
+                    return updated
                 self._before = found
                 self._warn(
                     f"of what was there, {lost} chunk{'' if lost == 1 else 's'} cannot be read any more: "
@@ -252,19 +257,36 @@ class _Upload:
             chunks=len(entries),
             size=sum(e.size for e in entries),
             table=table_hash(entries),
+            waited=0,
         )
         state = "restored" if self._before is not None else "resumed" if known else "new"
         return await self._finish(record), state
 
     async def abort(self) -> None:
         """Gives the upload up, if it was opened: its pieces are garbage from now on. What it was to replace
-        stands again."""
+        stands again. If somebody else ended it meanwhile, that stands."""
         if self._open is not None:
             if self._before is not None:
                 record = msgspec.structs.replace(self._before.record, upload=self._before.upload)
             else:
-                record = msgspec.structs.replace(self._open.record, state="aborted", upload=self._open.upload)
-            await self.mesh.change(Change(video_key(self.id), self._open.version, pack(record)))
+                record = msgspec.structs.replace(
+                    self._open.record, state="aborted", upload=self._open.upload, waited=0
+                )
+            await self._end(self._open, record)
+
+    async def _end(self, opened: Video, record: VideoRecord) -> Video | None:
+        """Writes what follows the open upload; None if that is not open any more. Its register may have been
+        written meanwhile without ending it: nodes count in it how long it has been open."""
+        version = opened.version
+        for _ in range(END_TRIES):
+            outcome = await self.mesh.change(Change(video_key(self.id), version, pack(record)))
+            if not isinstance(outcome, Mismatch):
+                return Video(self.id, outcome.version, record)
+            now = None if outcome.data is None else unpack_video(outcome.data)
+            if now is None or (now.state, now.upload) != ("uploading", opened.upload):
+                break
+            version = outcome.version
+        return None
 
     # -- the video register -----------------------------------------------------------------------
 
@@ -331,8 +353,9 @@ class _Upload:
         outcome = await self.mesh.change(Change(video_key(self.id), expect, pack(record)))
         return None if isinstance(outcome, Mismatch) else (Video(self.id, outcome.version, record), {})
 
-    async def _update(self, found: Video) -> tuple[Video, str]:
-        """The bytes are here already: a new title or redundancy, or the return of what was deleted."""
+    async def _update(self, found: Video) -> tuple[Video, str] | None:
+        """The bytes are here already: a new title or redundancy, or the return of what was deleted. None if
+        somebody else was quicker: look again."""
         record = msgspec.structs.replace(
             found.record,
             state="ready",
@@ -340,21 +363,21 @@ class _Upload:
             title=self._title() if self.options.title else found.record.title,
             redundancy=self.options.redundancy or found.record.redundancy,
             erasure=self.options.erasure or found.record.erasure,
-            waited=0,
+            waited=found.record.waited if found.record.state == "ready" else 0,
         )
-        if record == msgspec.structs.replace(found.record, upload=found.upload, waited=0):
+        if record == msgspec.structs.replace(found.record, upload=found.upload):
             return found, "present"
         outcome = await self.mesh.change(Change(video_key(self.id), found.version, pack(record)))
         if isinstance(outcome, Mismatch):
-            raise LostToAnother(f"video {self.id[:12]} was changed by somebody else just now: try again")
+            return None
         state = "undeleted" if found.record.state == "deleted" else "updated"
         return Video(self.id, outcome.version, record), state
 
     async def _finish(self, record: VideoRecord) -> Video:
         assert self._open is not None
-        outcome = await self.mesh.change(Change(video_key(self.id), self._open.version, pack(record)))
-        if not isinstance(outcome, Mismatch):
-            return Video(self.id, outcome.version, record)
+        done = await self._end(self._open, record)
+        if done is not None:
+            return done
         now = await read_video(self.mesh, self.id)
         if now is not None and now.record.state == "ready" and now.record.table == record.table:
             return now  # another client finished the same upload
@@ -394,11 +417,12 @@ class _Upload:
         return entries, init.result(), self.ingest.media
 
     def _scheme(self, wanted: Scheme) -> Scheme:
-        scheme = choose_scheme(wanted, len(self.mesh.members))
+        nodes = len(takers(self.mesh.members))
+        scheme = choose_scheme(wanted, nodes)
         short = shortfall(wanted, scheme)
         if short:
-            nodes = len(self.mesh.members)
-            self._warn(f"{short}: the mesh has {nodes} node{'' if nodes == 1 else 's'}")
+            which = "" if nodes == len(self.mesh.members) else " that take pieces"
+            self._warn(f"{short}: the mesh has {nodes} node{'' if nodes == 1 else 's'}{which}")
         return scheme
 
     def _warn(self, text: str) -> None:
@@ -437,7 +461,7 @@ class _Upload:
         data = self.ingest.init
         if not data:
             return None
-        scheme = choose_scheme(REPLICATED, len(self.mesh.members))
+        scheme = choose_scheme(REPLICATED, len(takers(self.mesh.members)))
         sha256 = hashlib.sha256(data).digest()
         places = await self._writer.write(upload, INIT_INDEX, data, sha256, scheme)
         return InitPiece(len(data), sha256, places)

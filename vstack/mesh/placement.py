@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from vstack.mesh.config import Member, NodeId
 from vstack.mesh.registers import REPLICATED, Scheme
@@ -33,6 +33,11 @@ def order(members: Sequence[Member], video: str, chunk: int) -> list[Member]:
     return [member for _, _, member in sorted(turns, key=lambda t: t[:2])]
 
 
+def takers(members: Iterable[Member]) -> list[Member]:
+    """The members that new pieces may go to."""
+    return [m for m in members if not m.draining and m.weight > 0]
+
+
 def fits(scheme: Scheme, nodes: int) -> bool:
     """Whether any one of `nodes` nodes can be lost: ceil(m / n) <= m - k."""
     return nodes > 0 and math.ceil(scheme.m / nodes) <= scheme.m - scheme.k
@@ -46,10 +51,11 @@ def choose_scheme(wanted: Scheme, nodes: int) -> Scheme:
 
 
 def shortfall(wanted: Scheme, written: Scheme) -> str:
-    """What a too small mesh could not give, in words; empty if nothing is missing."""
+    """What a too small mesh could not give, in words; empty if nothing is missing. Whole copies in the place
+    of fragments are said to be fewer than they should be, or that they are none."""
     if written == wanted:
         return ""
-    if written.k == 1:
+    if written.k == 1 and written.m < REPLICATED.m:
         return f"degraded: {written.m} of {REPLICATED.m} copies"
     return f"degraded: {written.name} instead of {wanted.name}"
 
