@@ -9,6 +9,7 @@ known in the end is raised as OutcomeUnknown, never reported as failed.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import os
 import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -28,14 +29,20 @@ from vstack.mesh.dialer import Answered, Dialer, KeyRefused, NoAnswer, Refused
 from vstack.mesh.keys import ClientKey, load_client
 from vstack.mesh.messages import (
     MAX_CONTROL,
+    MAX_INVENTORY,
     MAX_SUBMIT,
     Body,
     Chain,
     ChangeMesh,
     Found,
     GetConfig,
+    GetInventory,
     GetPiece,
     GetStatus,
+    GetUsage,
+    Hasten,
+    Held,
+    Inventory,
     List,
     Listing,
     MeshChanged,
@@ -52,6 +59,8 @@ from vstack.mesh.messages import (
     Stored,
     Submit,
     Unknown,
+    Usage,
+    UsageRow,
     Viewed,
     WirePieceKey,
 )
@@ -66,6 +75,8 @@ NEWER_CHAIN = 0.05
 """Seconds that other peers have to name a newer configuration, once one has answered."""
 ALIVE = 1.0
 """Seconds that a node has to show that it is there, before it is told of a view."""
+VERIFY_AT_ONCE = 32
+"""Pieces that one request asks a node to read: at most 256 MiB."""
 OPERATION = 15.0
 """Seconds after which the outcome of an operation is called unknown."""
 
@@ -446,10 +457,14 @@ class MeshClient:
         sha256: bytes,
         payload: bytes | memoryview,
         *,
+        purpose: str = "upload",
         timeout: float = 20.0,
     ) -> bool:
-        """On that node's disk when this returns; True if it was there already. Raises NoAnswer, Refused."""
-        body = PutPiece(_wire(key), scheme.k, scheme.m, chunk_length, sha256)
+        """On that node's disk when this returns; True if it was there already. Raises NoAnswer, Refused.
+
+        `purpose` (upload, repair, demotion) says how full the disk may get for it.
+        """
+        body = PutPiece(_wire(key), scheme.k, scheme.m, chunk_length, sha256, purpose)
         answer = await self.ask(node, body, payload, lane=Lane.DATA, timeout=timeout)
         return _expect(Stored, answer).present
 
@@ -463,6 +478,54 @@ class MeshClient:
         if zlib.crc32(answer.payload) != data.crc32:
             raise DamagedData(f"node {node[:8]} sent a range of a piece that does not fit its checksum")
         return answer.payload, data
+
+    async def inventory(
+        self,
+        node: NodeId,
+        keys: Sequence[PieceKey],
+        *,
+        verified_within: int | None = None,
+        timeout: float = 30.0,
+    ) -> builtins.list[Held]:
+        """What `node` holds of the keys, in their order.
+
+        With `verified_within` it reads whole what it has not written, or read and compared with its hash,
+        in the last so many seconds; without, its index is enough. `timeout` is for each request, and there
+        may be several. Raises NoAnswer; Refused (code "io": its disk failed, which says nothing of the
+        pieces; "late": it had no time to read them, and will go on where it was if it is asked again
+        with `verified_within` over 0).
+        """
+        most = MAX_INVENTORY if verified_within is None else VERIFY_AT_ONCE
+        held: builtins.list[Held] = []
+        for i in range(0, len(keys), most):
+            some = tuple(_wire(key) for key in keys[i : i + most])
+            question = GetInventory(some, verified_within)
+            found = _expect(Inventory, await self.ask(node, question, lane=Lane.DATA, timeout=timeout)).held
+            if len(found) != len(some):
+                raise NoAnswer(f"node {node[:8]} answered for {len(found)} pieces of {len(some)}")
+            held += found
+        return held
+
+    async def usage(self, node: NodeId, *, timeout: float = 15.0) -> builtins.list[UsageRow]:
+        """What the pieces of each video take on the disk of `node`, by scheme, in the order of the videos.
+
+        `timeout` is for each page. Raises NoAnswer, Refused.
+        """
+        rows: builtins.list[UsageRow] = []
+        after = ""
+        while True:
+            answer = await self.ask(node, GetUsage(after), lane=Lane.DATA, timeout=timeout)
+            page = _expect(Usage, answer)
+            rows += page.rows
+            if not page.after:
+                return rows
+            if page.after <= after:
+                raise NoAnswer(f"node {node[:8]} does not come to an end with what it holds")
+            after = page.after
+
+    async def hasten(self, node: NodeId, job: str, *, timeout: float = FIRST_ANSWER) -> None:
+        """Makes `node` begin now with its repair, scrub or gc. Raises NoAnswer, Refused."""
+        _expect(Noted, await self.ask(node, Hasten(job), timeout=timeout))
 
     def close(self) -> None:
         for dialer in self._dialers.values():

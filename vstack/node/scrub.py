@@ -21,6 +21,10 @@ from __future__ import annotations
 import itertools
 import logging
 import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 from vstack.errors import DamagedData, VstackError
@@ -40,6 +44,9 @@ _STEP_RECORDS = 200
 
 _SAVE_EVERY = 60.0
 """Seconds of running time that a crash may take from the count."""
+
+MOST_REMEMBERED = 200_000
+"""Pieces of which the store remembers when they were verified: about 40 MB."""
 
 PIECES, TOMBSTONES, DONE = 1, 2, 3
 
@@ -81,6 +88,37 @@ def is_due(place: Place, total: int, period: float) -> bool:
     if place.phase == DONE:
         return place.seconds >= period
     return place.seconds >= period or place.verified * period <= place.seconds * total
+
+
+class Verified:
+    """When pieces were last written, or read whole and found good. In memory; thread-safe.
+
+    Of more than `most`, those are forgotten whose last time is longest ago: then they count as never
+    verified, and are read once more. They go by the sequence numbers of their records: a piece that was
+    written anew has another one, and one that compaction has moved keeps its own, because it was read and
+    compared with its hash on the way.
+    """
+
+    def __init__(self, most: int = MOST_REMEMBERED, now: Callable[[], float] = monotonic) -> None:
+        self._most = most
+        self._now = now
+        self._lock = threading.Lock()
+        self._times: OrderedDict[int, float] = OrderedDict()
+        """Longest ago first."""
+
+    def note(self, sequence: int) -> None:
+        """It was written or verified just now."""
+        with self._lock:
+            self._times[sequence] = self._now()
+            self._times.move_to_end(sequence)
+            if len(self._times) > self._most:
+                self._times.popitem(last=False)
+
+    def is_within(self, sequence: int, seconds: float) -> bool:
+        """Whether that was less than `seconds` ago."""
+        with self._lock:
+            at = self._times.get(sequence)
+        return at is not None and self._now() - at < seconds
 
 
 class Scrub:

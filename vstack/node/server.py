@@ -45,8 +45,10 @@ from vstack.mesh.messages import (
     ForceConfig,
     GetConfig,
     GetHoldings,
+    GetInventory,
     GetPiece,
     GetStatus,
+    GetUsage,
     Hello,
     Holdings,
     Join,
@@ -358,7 +360,7 @@ class Node:
         elif self._entrance is not None:
             waiting = self._entrance.waiting_for()
             self._reply(request, Failure("forming", f"this node has no mesh yet: {waiting}"[:1000]))
-        elif isinstance(body, PutPiece | GetPiece):
+        elif isinstance(body, PutPiece | GetPiece | GetInventory | GetUsage):
             self._workers.submit(request)
         elif isinstance(body, Submit):
             self._on_submit(request, body, now)

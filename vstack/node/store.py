@@ -33,7 +33,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from vstack.errors import DamagedData
-from vstack.mesh.registers import PieceKey
+from vstack.mesh.messages import UsageRow
+from vstack.mesh.registers import PIECE_KEY_BYTES, PieceKey
 from vstack.node.compaction import Compaction
 from vstack.node.disk import Disk
 from vstack.node.files import OpenFiles
@@ -55,7 +56,7 @@ from vstack.node.pieces import (
 from vstack.node.recovery import Progress, claim_store, open_store
 from vstack.node.room import Purpose
 from vstack.node.rows import PieceRow
-from vstack.node.scrub import Scrub
+from vstack.node.scrub import Scrub, Verified
 from vstack.node.superblock import (
     RECORD_HEADER_BYTES,
     Kind,
@@ -84,6 +85,11 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _EMPTY_SHA256 = hashlib.sha256(b"").digest()
+
+USAGE_ROWS = 1000
+USAGE_PIECES = 20_000
+"""What one page of `usage` counts at most, unless it is a single video: it takes the interpreter from the
+node's other threads for so long."""
 
 _MOST_READ_ERRORS = 3
 """In a row: of a piece, and it is quarantined; of the active superblock, and it takes no more records."""
@@ -129,6 +135,7 @@ class ChunkStore:
         self._report = opened.report
         self._read_errors: Counter[int | bytes] = Counter()
         """Since the last success: by packed key, and of the active superblock by number."""
+        self._verified = Verified()
         self._closed = False
         self.compaction = Compaction(
             self._disk, self._superblocks, self._index, self._log, self._files, self._lock
@@ -154,6 +161,9 @@ class ChunkStore:
                 else:
                     answers.append(self._answer_or_write(piece, writes))
             self._log.append(list(writes.values()), purpose)
+        for write in writes.values():
+            if write.error is None:
+                self._verified.note(write.record.sequence)
         return [
             answer if isinstance(answer, PutResult) else _answer(piece.key, answer)
             for piece, answer in zip(pieces, answers, strict=True)
@@ -175,6 +185,7 @@ class ChunkStore:
             raise self._found_damaged(key, row, "its payload does not have its hash")
         if memoryview(data)[row.length :] != trailer(row.length):
             raise self._found_damaged(key, row, "its footer is damaged")
+        self._verified.note(row.sequence)
         return _info(key, row)
 
     def info(self, key: PieceKey) -> PieceInfo | None:
@@ -190,13 +201,41 @@ class ChunkStore:
         rows = itertools.islice(self._index.pieces(prefix, after), limit)
         return [_info(PieceKey.unpack(key), row) for key, row in rows]
 
-    def inventory(self, keys: Iterable[PieceKey], *, verify: bool = False) -> builtins.list[Holding]:
-        """What is held of the keys, in their order, by the index; with `verify`, by reading all of it.
+    def inventory(
+        self, keys: Iterable[PieceKey], *, verify: bool = False, within: float = 0.0
+    ) -> builtins.list[Holding]:
+        """What is held of the keys, in their order, by the index; with `verify`, by reading all of it but
+        what was written or verified less than `within` seconds ago.
 
         A piece that `verify` finds damaged is in quarantine from then on, and said to be. Raises
         IndexDamaged, and with `verify` OSError.
         """
-        return [self._holding(key, verify) for key in keys]
+        return [self._holding(key, verify, within) for key in keys]
+
+    def usage(
+        self, after: str = "", *, rows: int = USAGE_ROWS, pieces: int = USAGE_PIECES
+    ) -> tuple[builtins.list[UsageRow], str]:
+        """What the pieces of each video take, by scheme: whole videos, in order, from the first above `after`
+        on, until there are `rows` rows or `pieces` pieces.
+
+        With it the video after which to go on, empty at the end. Pieces in quarantine do not count.
+        Raises IndexDamaged.
+        """
+        found: builtins.list[UsageRow] = []
+        video = ""
+        schemes: dict[tuple[int, int], builtins.list[int]] = {}
+        start = bytes.fromhex(after) + b"\xff" * (PIECE_KEY_BYTES - 32) if after else b""
+        for counted, (key, row) in enumerate(self._index.pieces(b"", start)):
+            if (this := key[:32].hex()) != video:
+                found += _usage_rows(video, schemes)
+                if len(found) >= rows or counted >= pieces:
+                    return found, video
+                video, schemes = this, {}
+            figures = schemes.setdefault((row.k, row.m), [0, 0, 0])
+            figures[0] += 1
+            figures[1] += row.length
+            figures[2] += record_size(row.length)
+        return found + _usage_rows(video, schemes), ""
 
     def quarantined(self) -> builtins.list[PieceInfo]:
         """The pieces that were found damaged and are to be repaired, in the order of their packed keys."""
@@ -339,10 +378,10 @@ class ChunkStore:
                 raise self._found_damaged(key, row, "its superblock ends inside it")
             return row, data
 
-    def _holding(self, key: PieceKey, verify: bool) -> Holding:
+    def _holding(self, key: PieceKey, verify: bool, within: float) -> Holding:
         packed = key.pack()
         row = self._index.piece(packed)
-        if row is not None and verify:
+        if row is not None and verify and not self._verified.is_within(row.sequence, within):
             try:
                 return Holding(key, "present", self.verify(key).sha256, True)
             except (PieceNotFound, DamagedData):
@@ -430,6 +469,10 @@ def _tombstone_record(key: PieceKey, packed: bytes) -> Record:
 
 def _info(key: PieceKey, row: PieceRow) -> PieceInfo:
     return PieceInfo(key, row.k, row.m, row.chunk_length, row.length, row.sha256, row.sequence)
+
+
+def _usage_rows(video: str, schemes: dict[tuple[int, int], list[int]]) -> list[UsageRow]:
+    return [UsageRow(video, k, m, *figures) for (k, m), figures in sorted(schemes.items())]
 
 
 def _answer(key: PieceKey, write: Write) -> PutResult:

@@ -1,8 +1,11 @@
-"""The threads that touch pieces: one writer, which commits in groups, a few readers, and the upkeep.
+"""The threads that touch pieces: a writer, which commits in groups, a few readers, one that takes stock of
+what is there (inventories, usage) when nobody waits to read, and the upkeep.
 
 The reactor hands requests in and takes finished ones out; nothing here touches a socket. While
 the writer waits for the disk, whatever arrives gathers, and the next commit takes all of it: group
-commit falls out of one thread and one queue. A request whose deadline has passed is dropped.
+commit falls out of one thread and one queue. A request whose deadline has passed is dropped. Taking stock
+may mean to read much: before each piece it waits for those who read, but for a while only, so that under
+constant load it still gets somewhere.
 """
 
 from __future__ import annotations
@@ -14,17 +17,33 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vstack.errors import DamagedData, VstackError
-from vstack.mesh.messages import Body, Failure, GetPiece, PieceData, PutPiece, Stored
+from vstack.mesh.messages import (
+    Body,
+    Failure,
+    GetInventory,
+    GetPiece,
+    GetUsage,
+    Held,
+    Inventory,
+    PieceData,
+    PutPiece,
+    Stored,
+    Usage,
+    WirePieceKey,
+)
 from vstack.mesh.registers import Generation, PieceKey, UploadId
 from vstack.mesh.sockets import Wakeup
 from vstack.mesh.transport import Incoming
-from vstack.node.store import ChunkStore, Piece, PieceNotFound, StoreFull
+from vstack.node.store import ChunkStore, Piece, PieceNotFound, Purpose, PutResult, StoreFull
 from vstack.node.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 32 << 20
 """Payload that one commit takes at most; the rest waits for the next."""
+YIELD = 0.25
+"""Seconds that an inventory waits for readers, at most, before it reads its next piece."""
+_LOOK = 0.005
 
 
 class Done(NamedTuple):
@@ -35,10 +54,8 @@ class Done(NamedTuple):
     payload: bytes | memoryview = b""
 
 
-def piece_key(m: PutPiece | GetPiece) -> PieceKey:
-    return PieceKey(
-        m.key.video, UploadId(*m.key.upload), m.key.chunk, m.key.piece, Generation(*m.key.generation)
-    )
+def piece_key(key: WirePieceKey) -> PieceKey:
+    return PieceKey(key.video, UploadId(*key.upload), key.chunk, key.piece, Generation(*key.generation))
 
 
 class PieceWorkers:
@@ -50,12 +67,16 @@ class PieceWorkers:
         self._now = now
         self._puts: deque[Incoming] = deque()
         self._gets: deque[Incoming] = deque()
+        self._surveys: deque[Incoming] = deque()
         self._work = threading.Condition()
         self._done: deque[Done] = deque()
         self._closing = False
         self.figures = store.stats()
         """As they were after the last commit: asking the store itself would wait for its fsync."""
-        self._threads = [threading.Thread(target=self._write_loop, name="writer", daemon=True)]
+        self._threads = [
+            threading.Thread(target=self._write_loop, name="writer", daemon=True),
+            threading.Thread(target=self._survey_loop, name="surveyor", daemon=True),
+        ]
         self._threads += [
             threading.Thread(target=self._read_loop, name=f"reader-{i}", daemon=True) for i in range(readers)
         ]
@@ -64,9 +85,16 @@ class PieceWorkers:
         self._upkeep = Upkeep(store, self._is_busy, self._look)
 
     def submit(self, request: Incoming) -> None:
-        """Takes a PutPiece or GetPiece request."""
+        """Takes a PutPiece, GetPiece, GetInventory or GetUsage request."""
+        match request.body:
+            case PutPiece():
+                queue = self._puts
+            case GetPiece():
+                queue = self._gets
+            case _:
+                queue = self._surveys
         with self._work:
-            (self._puts if isinstance(request.body, PutPiece) else self._gets).append(request)
+            queue.append(request)
             self._work.notify_all()
 
     def take_done(self) -> list[Done]:
@@ -121,20 +149,25 @@ class PieceWorkers:
     def _write_loop(self) -> None:
         while batch := self._next(self._puts, BATCH_BYTES):
             batch = self._in_time(batch)
-            pieces = []
-            for request in batch:
+            pieces: dict[str, dict[int, Piece]] = {}
+            for i, request in enumerate(batch):
                 m = request.body
                 assert isinstance(m, PutPiece)
-                pieces.append(Piece(piece_key(m), m.k, m.m, m.chunk_length, m.sha256, request.payload))
+                piece = Piece(piece_key(m.key), m.k, m.m, m.chunk_length, m.sha256, request.payload)
+                pieces.setdefault(m.purpose, {})[i] = piece
+            results: dict[int, PutResult] = {}
             try:
-                results = self._store.put(pieces)
+                for purpose, some in pieces.items():
+                    told = self._store.put(list(some.values()), purpose=Purpose(purpose))
+                    results |= zip(some, told, strict=True)
             except Exception as e:
                 log.exception("a batch of %d pieces was not stored", len(batch))
                 for request in batch:
                     self._finish(request, failure(e))
                 continue
             self._look()
-            for request, result in zip(batch, results, strict=True):
+            for i, request in enumerate(batch):
+                result = results[i]
                 if result.error is not None:
                     self._finish(request, failure(result.error))
                 else:
@@ -146,7 +179,7 @@ class PieceWorkers:
                 m = request.body
                 assert isinstance(m, GetPiece)
                 try:
-                    found = self._store.read(piece_key(m), m.offset, m.length)
+                    found = self._store.read(piece_key(m.key), m.offset, m.length)
                 except (VstackError, OSError) as e:
                     self._finish(request, failure(e))
                 except Exception as e:  # one bad read must not end the thread
@@ -154,6 +187,45 @@ class PieceWorkers:
                     self._finish(request, failure(e))
                 else:
                     self._finish(request, PieceData(found.info.length, found.crc32), found.payload)
+
+    def _survey_loop(self) -> None:
+        while batch := self._next(self._surveys, 0):
+            for request in self._in_time(batch):
+                m = request.body
+                try:
+                    if isinstance(m, GetUsage):
+                        rows, after = self._store.usage(m.after)
+                        self._finish(request, Usage(tuple(rows), after))
+                    else:
+                        assert isinstance(m, GetInventory)
+                        self._take_inventory(request, m)
+                except (VstackError, OSError) as e:
+                    self._finish(request, failure(e))
+                except Exception as e:  # as in _read_loop
+                    log.exception("an inventory failed")
+                    self._finish(request, failure(e))
+
+    def _take_inventory(self, request: Incoming, m: GetInventory) -> None:
+        """Raises VstackError, OSError."""
+        verify = m.verified_within is not None
+        held = []
+        for key in m.keys:
+            if verify:
+                self._let_readers_go_first()
+                if self._closing:
+                    return
+                if request.deadline < self._now():
+                    self._finish(request, LATE)
+                    return
+            (found,) = self._store.inventory([piece_key(key)], verify=verify, within=m.verified_within or 0)
+            held.append(Held(found.state, found.sha256))
+        self._finish(request, Inventory(tuple(held)))
+
+    def _let_readers_go_first(self) -> None:
+        until = self._now() + YIELD
+        with self._work:
+            while self._gets and not self._closing and self._now() < until:
+                self._work.wait(_LOOK)
 
 
 LATE = Failure("late", "the request's time was over before it was its turn")
