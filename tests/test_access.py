@@ -18,8 +18,11 @@ from vstack.mesh.messages import (
     ForceConfig,
     GetConfig,
     GetHoldings,
+    GetInventory,
     GetPiece,
     GetStatus,
+    GetUsage,
+    Hasten,
     Hello,
     Join,
     List,
@@ -51,6 +54,9 @@ MESSAGES: dict[str, Body] = {
     "config": GetConfig(),
     "status": GetStatus(),
     "holdings": GetHoldings(),
+    "usage": GetUsage(),
+    "inventory": GetInventory((PIECE,), 0),
+    "hasten": Hasten("scrub"),
     "list": List("video/"),
     "get": GetPiece(PIECE, 0, 1),
     "viewed": Viewed("a" * 64, bytes(16)),
@@ -65,8 +71,8 @@ MESSAGES: dict[str, Body] = {
     "envelope": Envelope(()),
     "scan": Scan("video/", "", 1, 1),
 }
-READS = {"hello", "config", "status", "holdings", "list", "get", "viewed", "read"}
-WRITES = READS | {"write", "delete", "put"}
+READS = {"hello", "config", "status", "holdings", "usage", "inventory", "list", "get", "viewed", "read"}
+WRITES = READS | {"write", "delete", "put", "hasten"}
 STRANGE = {"hello", "config", "join", "ping"}
 MAY = {
     "reader": READS,

@@ -14,6 +14,7 @@ import pytest
 
 from tests.cluster import running_mesh, wait_for, with_client
 from tests.store_helpers import FailingDisk, key_of, open_store, piece_of
+from vstack.mesh.changes import DrainMember
 from vstack.mesh.dialer import Refused
 from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import (
@@ -22,7 +23,6 @@ from vstack.mesh.messages import (
     Failure,
     GetInventory,
     GetPiece,
-    GetUsage,
     Hello,
     Inventory,
     PieceData,
@@ -501,4 +501,25 @@ def test_a_client_sees_what_each_video_takes_on_each_node(tmp_path: Path) -> Non
         assert await mesh.usage(nodes[1]) == []
 
     with running_mesh(tmp_path, 2) as mesh:
+        with_client(mesh, work)
+
+
+@pytest.mark.processes
+def test_a_draining_node_takes_no_pieces_and_still_serves_those_it_has(tmp_path: Path) -> None:
+    async def work(mesh: MeshClient) -> None:
+        node = mesh.members[0].node
+        (piece,) = await write(mesh, node, 1)
+        await mesh.change_mesh(DrainMember(node))
+        with pytest.raises(Refused, match="draining") as refused:
+            await write(mesh, node, 2)
+        assert refused.value.code == "refused"
+        (held,) = await mesh.inventory(node, [piece.key], verified_within=0)
+        assert held.state == "present"
+        data, _ = await mesh.get_range(node, piece.key, 0, len(piece.payload), timeout=10)
+        assert data == piece.payload
+        await write(mesh, mesh.members[1].node, 1)
+        await mesh.change_mesh(DrainMember(node, draining=False))
+        await write(mesh, node, 2)
+
+    with running_mesh(tmp_path, 3) as mesh:
         with_client(mesh, work)

@@ -15,6 +15,7 @@ from vstack.mesh.messages import (
     ENVELOPE_BYTES,
     ENVELOPE_ITEMS,
     MAX_CONTROL,
+    MAX_INVENTORY,
     MAX_SCAN,
     ZERO,
     Accept,
@@ -26,13 +27,19 @@ from vstack.mesh.messages import (
     Creates,
     Envelope,
     Failure,
+    GetInventory,
     GetPiece,
+    GetUsage,
+    Hasten,
     Header,
+    Held,
     Hello,
+    Inventory,
     Item,
     List,
     Prepare,
     Promise,
+    PutPiece,
     Read,
     Value,
     WirePieceKey,
@@ -79,6 +86,9 @@ BY_FIELD: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("PutPiece", "m"): st.integers(1, 255),
     ("PutPiece", "chunk_length"): st.integers(0, 1 << 32),
     ("PutPiece", "sha256"): st.binary(min_size=32, max_size=32),
+    ("PutPiece", "purpose"): st.sampled_from(["upload", "repair", "demotion"]),
+    ("Held", "state"): st.sampled_from(["present", "absent", "quarantined"]),
+    ("Hasten", "job"): st.sampled_from(["repair", "scrub", "gc"]),
     ("GetPiece", "offset"): st.integers(0, 8 << 20),
     ("GetPiece", "length"): st.integers(1, 1 << 20),
     ("Op", "id"): st.binary(min_size=16, max_size=16),
@@ -112,8 +122,11 @@ def of_type(info: msgspec.inspect.Type, owner: str = "", field: str = "") -> st.
         return st.tuples(*fields).map(lambda args: cls(*args))
     if isinstance(info, inspect.UnionType):
         return st.one_of([of_type(t, owner, field) for t in info.types])
+    if isinstance(info, inspect.TupleType):
+        return st.tuples(*(of_type(t, owner, field) for t in info.item_types))
     if isinstance(info, inspect.VarTupleType):
-        return st.lists(of_type(info.item_type, owner, field), max_size=3).map(tuple)
+        items = of_type(info.item_type, owner, field)
+        return st.lists(items, min_size=info.min_length or 0, max_size=3).map(tuple)
     if isinstance(info, inspect.DictType):
         return st.dictionaries(of_type(info.key_type), of_type(info.value_type), max_size=3)
     if isinstance(info, inspect.StrType):
@@ -165,7 +178,7 @@ def test_every_kind_of_message_comes_back_as_it_was(body: type, data: st.DataObj
 
 
 def test_every_kind_of_message_has_a_tag_of_its_own() -> None:
-    assert len(BODIES) == 29
+    assert len(BODIES) == 34
     items = {t.__struct_config__.tag for t in Item.__subclasses__()}
     assert items == set(range(1, 10))
 
@@ -270,6 +283,13 @@ PIECE = WirePieceKey(VIDEO, (1, 2), 3, 4, (0, NODE, 0, 0))
         pytest.param(Header(GetPiece(PIECE, 0, 0)), id="a range of nothing"),
         pytest.param(Header(GetPiece(PIECE, -1, 5)), id="a range before the beginning"),
         pytest.param(Header(GetPiece(PIECE._replace(video=f"{VIDEO}\n"), 0, 5)), id="an id with a newline"),
+        pytest.param(Header(GetInventory(())), id="an inventory of nothing"),
+        pytest.param(Header(GetInventory((PIECE,) * (MAX_INVENTORY + 1))), id="an inventory too large"),
+        pytest.param(Header(GetInventory((PIECE,), -1)), id="verified in the future"),
+        pytest.param(Header(Inventory((Held("lost"),))), id="no such state of a piece"),
+        pytest.param(Header(PutPiece(PIECE, 1, 3, 5, bytes(32), "upkeep")), id="a purpose of the node's own"),
+        pytest.param(Header(GetUsage("video")), id="usage after what is no video"),
+        pytest.param(Header(Hasten("upload")), id="a job that nodes do not do by themselves"),
         pytest.param(Header(Hello(1, "", "node"), 600_001), id="a budget beyond reason"),
     ],
 )
@@ -325,6 +345,16 @@ def test_the_largest_envelope_of_small_replies_fits_a_part_of_the_control_lane()
     raw = encode(envelope(*[Accepted(f"chunk/{VIDEO}/9999999999.{'9' * 19}/99999999", BALLOT)] * 256))
     assert len(raw) < MAX_CONTROL
     assert not rejected(raw)
+
+
+def test_the_largest_inventory_fits_a_part_of_the_control_lane() -> None:
+    upload = ((1 << 32) - 1, (1 << 63) - 1)
+    key = WirePieceKey(VIDEO, upload, upload[0], (1 << 16) - 1, (upload[1], NODE, upload[0], upload[0]))
+    asked = encode(Header(GetInventory((key,) * MAX_INVENTORY, 3600), 60_000))
+    told = encode(Header(Inventory((Held("quarantined", bytes(32)),) * MAX_INVENTORY)))
+    assert max(len(asked), len(told)) < MAX_CONTROL
+    assert not rejected(asked)
+    assert not rejected(told)
 
 
 def test_a_chain_comes_back_with_all_its_members() -> None:

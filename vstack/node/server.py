@@ -360,6 +360,9 @@ class Node:
         elif self._entrance is not None:
             waiting = self._entrance.waiting_for()
             self._reply(request, Failure("forming", f"this node has no mesh yet: {waiting}"[:1000]))
+        elif isinstance(body, PutPiece) and self._is_draining():
+            why = "this node is draining: it takes no more pieces. Write it to another member"
+            self._reply(request, Failure("refused", why))
         elif isinstance(body, PutPiece | GetPiece | GetInventory | GetUsage):
             self._workers.submit(request)
         elif isinstance(body, Submit):
@@ -384,6 +387,10 @@ class Node:
         else:
             self.transport.counters["malformed"] += 1
             self._reply(request, Failure("refused", f"{type(body).__name__} is not a request"))
+
+    def _is_draining(self) -> bool:
+        member = self.view.config.member(self.me)
+        return member is not None and member.draining
 
     def _on_envelope(self, request: Incoming, envelope: Envelope, now: float) -> None:
         """Votes. Those of a node that is no member count for nothing, unless it is ahead of us."""
