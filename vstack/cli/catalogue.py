@@ -1,4 +1,4 @@
-"""`vstack ls`, `info` and `rm`."""
+"""`vstack ls`, `info`, `rm`, `undelete`, `pin` and `verify`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,40 @@ from collections import Counter
 from collections.abc import Sequence
 
 from vstack.cli import show
-from vstack.client.catalogue import Video, chunk_table, delete_video, find_video, list_videos, views
+from vstack.cli.policy import show_duration
+from vstack.client.catalogue import (
+    Video,
+    chunk_table,
+    delete_video,
+    find_video,
+    list_videos,
+    pin_video,
+    undelete_video,
+    verify_video,
+    views,
+)
 from vstack.client.downloader import media_of
 from vstack.client.fetcher import holders
-from vstack.client.pieces import what
+from vstack.client.pieces import Checked, PieceState, what
 from vstack.errors import MeshUnavailable
 from vstack.mesh.config import Config, NodeId
+from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import MeshClient
-from vstack.mesh.placement import shortfall
-from vstack.mesh.registers import ChunkRecord, Place, init_record
+from vstack.mesh.placement import choose_scheme, shortfall, takers
+from vstack.mesh.registers import INIT_INDEX, ChunkRecord, Place, Scheme, init_record
 
 VIEW_DAYS = 30
 """Days over which `info` counts views."""
+
+STATES: dict[PieceState, str] = {
+    "good": "is good",
+    "missing": "is missing",
+    "damaged": "is damaged",
+    "other": "has other bytes than its register names",
+    "silent": "could not be checked: the node does not answer",
+    "gone": "is on a node that has left the mesh",
+}
+"""What `verify` says of a piece."""
 
 
 async def ls(mesh: MeshClient, options: argparse.Namespace) -> int:
@@ -26,7 +48,7 @@ async def ls(mesh: MeshClient, options: argparse.Namespace) -> int:
     if options.json:
         show.print_json(
             {
-                "videos": [_video_json(v) for v in listing.videos],
+                "videos": [_video_json(v) | _left_json(v, mesh.config) for v in listing.videos],
                 "complete": listing.complete,
                 "silent_nodes": list(listing.silent),
             }
@@ -38,7 +60,7 @@ async def ls(mesh: MeshClient, options: argparse.Namespace) -> int:
                 show.clock(v.seconds),
                 show.size(v.record.size),
                 v.record.redundancy,
-                *([v.record.state] if options.all else []),
+                *([_state(v, mesh.config)] if options.all else []),
                 show.plain(v.record.title),
             )
             for v in listing.videos
@@ -52,6 +74,21 @@ async def ls(mesh: MeshClient, options: argparse.Namespace) -> int:
             silent = show.count(len(listing.silent), "node")
             show.warn(f"{silent} did not answer: there are more videos, or there may be")
     return 0 if listing.complete else MeshUnavailable.exit_code
+
+
+def _left(v: Video, config: Config) -> int:
+    """Seconds of the mesh's running time for which a deleted video can still be had back."""
+    return max(0, config.policy.undelete - v.record.waited)
+
+
+def _left_json(v: Video, config: Config) -> dict[str, object]:
+    return {"undelete_s": _left(v, config)} if v.record.state == "deleted" else {}
+
+
+def _state(v: Video, config: Config) -> str:
+    if v.record.state != "deleted":
+        return v.record.state
+    return f"deleted, {show.clock(_left(v, config))} left"
 
 
 def _video_json(v: Video) -> dict[str, object]:
@@ -77,12 +114,11 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
     seen = await views(mesh, video.id, VIEW_DAYS)
     r, media = video.record, media_of(video)
     schemes = Counter(c.scheme for c in table)
-    wanted = r.wanted
-    short = sorted({shortfall(wanted, s) for s in schemes} - {""})
     needed = [*table, *([] if r.init is None else [init_record(r.init)])]
     if any(mesh.config.member(p.node) is None for c in needed for p in c.places):
         await mesh.refresh()  # the node may be a newer member than this client knows
     config = mesh.config
+    short = sorted({_behind(r.wanted, s, n, config) for s, n in schemes.items()} - {""})
     stored = sum(_on(c, config.nodes) * -(-c.entry.size // c.scheme.k) for c in table)
     lost = [c for c in needed if not readable(c, config.nodes)]
     tick = media.clock[0] / media.clock[1]
@@ -119,7 +155,8 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
         shape = f" {t.width}x{t.height}" if t.width else f" {t.sample_rate} Hz" if t.sample_rate else ""
         show.out.print(f"  {t.kind:<11} {t.codec}{shape} {t.language}".rstrip())
     said = ", ".join(f"{show.count(n, 'chunk')} as {s.name}" for s, n in schemes.items())
-    show.out.print(f"  redundancy  {r.redundancy}{' (hot)' if r.hot else ''}: {said}")
+    how = "" if r.redundancy == "replicated" else f", fragments {r.erasure.k}/{r.erasure.m}"
+    show.out.print(f"  redundancy  {r.redundancy}{' (hot)' if r.hot else ''}{how}: {said}")
     show.out.print(f"  views       {seen} in the last {VIEW_DAYS} days")
     show.out.print(f"  survives    {survives(config, needed)}")
     for line in (*_lost_line(lost), *short, *(f"not kept of the source: {x}" for x in media.lost)):
@@ -135,6 +172,14 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
     ]  # fmt: skip
     show.table(("chunk", "start", "seconds", "size", "scheme", "on"), rows, right=(0, 1, 2, 3))
     return 0
+
+
+def _behind(wanted: Scheme, scheme: Scheme, chunks: int, config: Config) -> str:
+    """Why chunks that are kept as `scheme` are not kept as wanted; empty if they are."""
+    target = choose_scheme(wanted, len(takers(config.members)))
+    if scheme == target:
+        return shortfall(wanted, scheme)
+    return f"{show.count(chunks, 'chunk')} as {scheme.name} will become {target.name} in the background"
 
 
 def _chunk_json(c: ChunkRecord, tick: float, nodes: Sequence[NodeId]) -> dict[str, object]:
@@ -201,11 +246,125 @@ def _expendable(c: ChunkRecord, nodes: Sequence[NodeId]) -> int:
 
 
 async def rm(mesh: MeshClient, options: argparse.Namespace) -> int:
-    video = await find_video(mesh, options.video)
-    await delete_video(mesh, video)
+    video = await delete_video(mesh, await find_video(mesh, options.video))
     if options.json:
-        show.print_json({"id": video.id, "state": "deleted"})
+        show.print_json({"id": video.id, "state": "deleted"} | _left_json(video, mesh.config))
     else:
         show.out.print(f"{show.plain(video.record.title)}: deleted ({video.id[:12]})")
-        show.err.print("putting the same file again undoes it")
+        show.err.print(
+            f"`vstack undelete {video.id[:12]}` brings it back, within "
+            f"{show_duration(_left(video, mesh.config))} of the mesh's running time; so does putting the same "
+            "file again"
+        )
     return 0
+
+
+async def undelete(mesh: MeshClient, options: argparse.Namespace) -> int:
+    video = await undelete_video(mesh, await find_video(mesh, options.video, "deleted"))
+    if options.json:
+        show.print_json({"id": video.id, "state": "ready"})
+    else:
+        show.out.print(f"{show.plain(video.record.title)}: ready again ({video.id[:12]})")
+    return 0
+
+
+async def pin(mesh: MeshClient, options: argparse.Namespace) -> int:
+    """Says how a video is to be kept; the nodes do it."""
+    before = await find_video(mesh, options.video)
+    video = await pin_video(mesh, before, options.redundancy, options.erasure)
+    old, new = before.record, video.record
+    changed = (old.redundancy, old.erasure) != (new.redundancy, new.erasure)
+    if options.json:
+        show.print_json(
+            {
+                "id": video.id,
+                "redundancy": new.redundancy,
+                "erasure": "/".join(map(str, new.erasure)),
+                "changed": changed,
+            }
+        )
+        return 0
+    how = f"{new.redundancy}, fragments {new.erasure.k}/{new.erasure.m}"
+    target = choose_scheme(new.wanted, len(takers(mesh.members)))
+    then = f"the nodes keep its chunks as {target.name}, and change those that are not in the background"
+    show.out.print(f"{show.plain(new.title)}: {how}{'' if changed else ', as it was'}")
+    show.err.print(then if changed else "nothing was changed")
+    return 0
+
+
+async def verify(mesh: MeshClient, options: argparse.Namespace) -> int:
+    """Has every piece read where it lies; exit code 1 if any is not good."""
+    video = await find_video(mesh, options.video)
+    table = await chunk_table(mesh, video)
+    bad: list[Checked] = []
+    pieces = good = done = 0
+    total = len(table) + (video.record.init is not None)
+    with show.counting(video.record.title[:40]) as bar:
+        bar.update("chunks", 0, total)
+        async for some in verify_video(mesh, video, table):
+            done += len(some)
+            pieces += sum(len(c.states) for c in some)
+            good += sum(len(c.good) for c in some)
+            bad += [c for c in some if len(c.good) < len(c.states)]
+            bar.update("chunks", done, total)
+    hastened = await _hasten(mesh) if options.repair and bad else 0
+    lost = [c for c in bad if not c.readable]
+    if options.json:
+        show.print_json(
+            {
+                "id": video.id,
+                "chunks": len(table),
+                "pieces": pieces,
+                "good": good,
+                "bad": [
+                    {"chunk": _number(c), "piece": p.piece, "node": p.node, "state": state}
+                    for c, p, state in _not_good(bad)
+                ],
+                "unreadable": [_number(c) for c in lost],
+                "hastened_nodes": hastened,
+            }
+        )
+        return 1 if bad else 0
+    for c, p, state in _not_good(bad):
+        show.out.print(f"{what(c.record.entry.index)}: piece {p.piece} on {p.node[:8]} {STATES[state]}")
+    for c in lost:
+        have = len({p.piece for p in c.good})
+        show.out.print(
+            f"{what(c.record.entry.index)} CANNOT BE READ: {have} of the {c.record.scheme.k} pieces that it "
+            "takes are good"
+        )
+    verdict = f"; {show.count(len(lost), 'chunk')} cannot be read" if lost else ""
+    show.out.print(f"{show.plain(video.record.title)}: {good} of {pieces} pieces are good{verdict}")
+    if hastened:
+        show.err.print(f"{show.count(hastened, 'node')} will look now for what is to be repaired")
+    return 1 if bad else 0
+
+
+def _number(c: Checked) -> int | str:
+    return "init" if c.record.entry.index == INIT_INDEX else c.record.entry.index
+
+
+def _not_good(checked: Sequence[Checked]) -> list[tuple[Checked, Place, PieceState]]:
+    return [
+        (c, p, state)
+        for c in checked
+        for p, state in zip(c.record.places, c.states, strict=True)
+        if state != "good"
+    ]
+
+
+async def _hasten(mesh: MeshClient) -> int:
+    """How many nodes were told to look now for what is to be repaired. Raises Refused if none may be told."""
+    told = 0
+    refused: Refused | None = None
+    for node in mesh.config.nodes:
+        try:
+            await mesh.hasten(node, "repair")
+            told += 1
+        except NoAnswer:
+            continue
+        except Refused as e:
+            refused = e
+    if refused is not None and not told:
+        raise refused
+    return told

@@ -76,8 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
     v = verb("ls", "list the videos")
     v.add_argument("--all", action="store_true", help="also those uploading, aborted or deleted")
     for name, help_ in (("info", "show a video: tracks, chunks, redundancy, where it lies"),
-                        ("rm", "delete a video: it is hidden; its space is not given back yet")):  # fmt: skip
+                        ("rm", "delete a video: it is hidden, and can be had back for a while"),
+                        ("undelete", "have a deleted video back")):  # fmt: skip
         verb(name, help_).add_argument("video", metavar="VIDEO")
+
+    v = verb("pin", "say how a video is to be kept: by its views, or always as copies or fragments")
+    v.add_argument("video", metavar="VIDEO")
+    v.add_argument("redundancy", choices=("auto", "replicated", "erasure"))
+    v.add_argument("--erasure", type=erasure_code, metavar="K/M", help="how its fragments are made")
+    v = verb("verify", "have every piece of a video read and compared with its hash")
+    v.add_argument("video", metavar="VIDEO")
+    v.add_argument("--repair", action="store_true", help="if something is not good, begin to repair now")
 
     v = verb("get", "write a video as one ordinary file")
     v.add_argument("video", metavar="VIDEO")

@@ -1,4 +1,5 @@
-"""Finding videos: listing, names to ids, a video's chunk table. Deleting them, having them back, pinning.
+"""Finding videos: listing, names to ids, a video's chunk table. Deleting them, having them back, pinning,
+verifying their pieces.
 
 A table is taken as a range read of its chunk registers and checked against the hash in the video's
 register, so that one answer is enough to trust it, whoever gave it.
@@ -7,24 +8,28 @@ register, so that one answer is enough to trust it, whoever gave it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from time import time
 
 import msgspec
 
+from vstack.client.pieces import Checked, check_pieces
 from vstack.errors import DamagedData, MeshUnavailable, NotFound, VstackError
 from vstack.mesh.config import NodeId
 from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.messages import Mismatch
 from vstack.mesh.registers import (
+    INIT_INDEX,
     ChunkRecord,
     Redundancy,
     Scheme,
     UploadId,
     VideoRecord,
     VideoState,
+    chunk_key,
     chunk_prefix,
+    init_record,
     pack,
     table_hash,
     unpack_chunk,
@@ -38,6 +43,8 @@ from vstack.mesh.registers import (
 MIN_PREFIX = 6
 MAX_TITLE = 200
 """Characters of a title; longer ones are cut."""
+VERIFY_AT_ONCE = 16
+"""Chunks whose pieces are read by their holders at a time."""
 EDIT_TRIES = 20
 """How often a change of a video is made anew because its register was changed meanwhile."""
 
@@ -132,6 +139,38 @@ async def chunk_table(mesh: MeshClient, video: Video) -> list[ChunkRecord]:
             "or not the hash that its register names: try again when more nodes are up"
         )
     return records
+
+
+async def verify_video(
+    mesh: MeshClient, video: Video, table: Sequence[ChunkRecord]
+) -> AsyncIterator[list[Checked]]:
+    """Has the holders of all pieces read them, a few chunks at a time; the init segment comes first, as a
+    chunk. A piece that is not where it was named is looked for where its register names it now.
+
+    `table`: as from `chunk_table`. Raises MeshUnavailable.
+    """
+    init = video.record.init
+    records = [*([] if init is None else [init_record(init)]), *table]
+    if any(mesh.config.member(p.node) is None for r in records for p in r.places):
+        await mesh.refresh()  # the node may be a newer member than this client knows
+    for first in range(0, len(records), VERIFY_AT_ONCE):
+        checked = await check_pieces(mesh, video.id, video.upload, records[first : first + VERIFY_AT_ONCE])
+        for i, found in enumerate(checked):
+            if len(found.good) < len(found.states):
+                now = await _places_now(mesh, video, found.record)
+                if now != found.record:
+                    checked[i] = (await check_pieces(mesh, video.id, video.upload, [now]))[0]
+        yield checked
+
+
+async def _places_now(mesh: MeshClient, video: Video, record: ChunkRecord) -> ChunkRecord:
+    """The record of a chunk, or of the init segment, as it is now; as it was if the video is gone."""
+    if record.entry.index == INIT_INDEX:
+        found = await read_video(mesh, video.id)
+        same = found is not None and found.upload == video.upload
+        return init_record(found.record.init) if found and same and found.record.init else record
+    data = (await mesh.read(chunk_key(video.id, video.upload, record.entry.index))).data
+    return record if data is None else unpack_chunk(data)
 
 
 async def views(mesh: MeshClient, video: str, days: int = 30) -> int:

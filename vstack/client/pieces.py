@@ -1,4 +1,5 @@
-"""Writes the pieces of a chunk to the nodes that placement names, and to others where those fail.
+"""Writes the pieces of a chunk to the nodes that placement names, and to others where those fail; and has
+nodes say whether theirs are good.
 
 A chunk's pieces count as written when all are on disk and those outside any one node still number k.
 """
@@ -8,18 +9,36 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Literal
 
 from vstack import erasure
 from vstack.errors import BadInput, MeshUnavailable
 from vstack.mesh.config import NodeId
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import MeshClient
-from vstack.mesh.messages import MAX_PIECE
+from vstack.mesh.messages import MAX_PIECE, Held
 from vstack.mesh.placement import next_holder, order, survives, takers
-from vstack.mesh.registers import INIT_INDEX, PieceKey, Place, Scheme, UploadId, uploaded
+from vstack.mesh.registers import (
+    INIT_INDEX,
+    ChunkRecord,
+    PieceKey,
+    Place,
+    Scheme,
+    UploadId,
+    uploaded,
+)
 
 BUSY_TRIES = 50
 """How often a node that is busy is asked again before it counts as failed."""
+CHECK_TRIES = 20
+"""How often a node that has no time to read all pieces in question is asked to go on."""
+
+PieceState = Literal["good", "missing", "damaged", "other", "silent", "gone"]
+"""What is known of a piece where it should lie: there, and its bytes have their hash; not there; its bytes
+are spoilt; there with other bytes than the register names; the node does not say; the node is no member."""
 
 
 class TooFewNodes(MeshUnavailable):
@@ -119,6 +138,75 @@ class PieceWriter:
             f"too few nodes take pieces: {what(index)} needs {scheme.name}, such that any one node may be "
             f"lost ({why or 'no node is usable'}). Start the nodes that are down, and upload again to resume"
         )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the holders of a chunk's pieces found when they read them."""
+
+    record: ChunkRecord
+    states: tuple[PieceState, ...]
+    """Of each of the record's places."""
+
+    @property
+    def good(self) -> list[Place]:
+        return [p for p, state in zip(self.record.places, self.states, strict=True) if state == "good"]
+
+    @property
+    def readable(self) -> bool:
+        """Whether the good pieces suffice: one copy, or k different fragments."""
+        return len({p.piece for p in self.good}) >= self.record.scheme.k
+
+
+async def check_pieces(
+    mesh: MeshClient, video: str, upload: UploadId, records: Sequence[ChunkRecord]
+) -> list[Checked]:
+    """Has each holder read its pieces of some chunks whole and compare them with their hashes. A node that
+    does not answer, or cannot read its disk, is `silent`; nothing is raised for it."""
+    began = monotonic()
+    asked: dict[NodeId, list[tuple[int, int]]] = {}
+    for i, record in enumerate(records):
+        for j, place in enumerate(record.places):
+            asked.setdefault(place.node, []).append((i, j))
+
+    async def one(node: NodeId, which: list[tuple[int, int]]) -> list[PieceState]:
+        if mesh.config.member(node) is None:
+            return ["gone"] * len(which)
+        keys = [records[i].key(video, upload, records[i].places[j]) for i, j in which]
+        held = await _verified(mesh, node, keys, began)
+        if held is None:
+            return ["silent"] * len(which)
+        return [_judge(h, records[i].places[j]) for h, (i, j) in zip(held, which, strict=True)]
+
+    states: list[list[PieceState]] = [["silent"] * len(r.places) for r in records]
+    answers = await asyncio.gather(*(one(node, which) for node, which in asked.items()))
+    for which, answer in zip(asked.values(), answers, strict=True):
+        for (i, j), state in zip(which, answer, strict=True):
+            states[i][j] = state
+    return [Checked(r, tuple(s)) for r, s in zip(records, states, strict=True)]
+
+
+async def _verified(
+    mesh: MeshClient, node: NodeId, keys: Sequence[PieceKey], began: float
+) -> list[Held] | None:
+    """What `node` says of its pieces after it has read them, after `began`; None if it does not say."""
+    for _ in range(CHECK_TRIES):
+        try:
+            # What it has read since is not read again, when it had no time for the rest.
+            return await mesh.inventory(node, keys, verified_within=int(monotonic() - began))
+        except Refused as e:
+            if e.code not in ("busy", "late"):
+                return None
+            await asyncio.sleep(0.2)
+        except NoAnswer:
+            return None
+    return None
+
+
+def _judge(held: Held, place: Place) -> PieceState:
+    if held.state == "present":
+        return "good" if held.sha256 == place.sha256 else "other"
+    return "missing" if held.state == "absent" else "damaged"
 
 
 def what(index: int) -> str:
