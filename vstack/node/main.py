@@ -42,6 +42,12 @@ damaged), or --check found damage;
 """
 
 
+NUMBERS = {"scrub_days", "reserve"}
+"""Options that are numbers, in a configuration file too."""
+MAX_SCRUB_DAYS = 3650
+MAX_RESERVE = 90
+
+
 class DataInUse(VstackError):
     exit_code = 3
 
@@ -72,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="listen beyond loopback without keys: anybody who reaches the port can do anything",
     )
+    p.add_argument("--scrub-days", metavar="N", type=float,
+                   help="read every piece once in so many days of running time (default 7)")  # fmt: skip
+    p.add_argument("--reserve", metavar="PERCENT", type=float,
+                   help="of the file system, left free by uploads, 0 to 90 (default 5)")  # fmt: skip
     p.add_argument("--log-format", choices=("text", "json"), help="of the log on stderr (default text)")
     p.add_argument(
         "--vote-journal", metavar="FILE", type=Path, help="append every accepted vote as JSON, for audits"
@@ -119,14 +129,19 @@ def read_options(argv: list[str] | None) -> dict[str, Any]:
         raise UsageError(f"cannot read the configuration {path}: {e.strerror}") from e
     except tomllib.TOMLDecodeError as e:
         raise UsageError(f"{path} is not TOML: {e}") from e
-    known = {"listen", "advertise", "data", "peers", "zone", "capacity", "keys", "insecure", "log_format"}
+    known = NUMBERS | {
+        "listen", "advertise", "data", "peers", "zone", "capacity", "keys", "insecure", "log_format",
+    }  # fmt: skip
     from_file = {k.replace("-", "_"): v for k, v in from_file.items()}
     for key in from_file.keys() - known:
         raise UsageError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
     if isinstance(from_file.get("peers"), list):
         from_file["peers"] = ",".join(str(p) for p in from_file["peers"])
     for key, value in from_file.items():
-        if not isinstance(value, bool if key == "insecure" else str):
+        if key in NUMBERS:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"{path}: {key} needs a number")
+        elif not isinstance(value, bool if key == "insecure" else str):
             raise UsageError(f"{path}: {key} needs {'true or false' if key == 'insecure' else 'a string'}")
     for name in ("data", "keys"):
         if name in from_file:
@@ -169,6 +184,12 @@ def settings_from(options: dict[str, Any]) -> NodeSettings:
     if len(options.get("zone", "")) > MAX_ZONE:
         raise UsageError(f"--zone may have {MAX_ZONE} characters")
     zone = options.get("zone", "")
+    scrub_days = options.get("scrub_days", 7.0)
+    if not 0 < scrub_days <= MAX_SCRUB_DAYS:
+        raise UsageError(f"--scrub-days {scrub_days:g}: more than 0 days are needed, up to {MAX_SCRUB_DAYS}")
+    reserve = options.get("reserve", 5.0)
+    if not 0 <= reserve <= MAX_RESERVE:
+        raise UsageError(f"--reserve {reserve:g}: a percentage from 0 to {MAX_RESERVE} is needed")
     return NodeSettings(
         listen,
         advertise,
@@ -178,6 +199,8 @@ def settings_from(options: dict[str, Any]) -> NodeSettings:
         weight,
         options.get("vote_journal"),
         found=bool(options.get("found")),
+        scrub_days=scrub_days,
+        reserve=reserve / 100,
     )
 
 

@@ -134,14 +134,17 @@ class Scrub:
         saved = index.scrub_place()
         self.place = Place() if saved is None else Place.unpack(saved)
 
-    def step(self, seconds: float) -> int:
-        """Verifies a little if the round is behind; the bytes that it read, 0 if it is not behind.
+    def begin(self) -> None:
+        """A new round, from the beginning: what is left of the one under way is given up."""
+        self.place = Place(rounds=self.place.rounds)
+
+    def step(self, seconds: float, *, hurry: bool = False) -> int:
+        """Verifies a little if the round is behind, or to `hurry`; the bytes that it read, 0 if neither.
 
         `seconds` is the running time since the last step. Raises IndexDamaged, IndexWriteFailed.
         """
         self.place = self.place._replace(seconds=self.place.seconds + seconds)
-        total = sum(state.payload_bytes for state in self._index.superblocks.values())
-        read = self.run() if is_due(self.place, total, self._period) else 0
+        read = self.run() if hurry or is_due(self.place, self._total(), self._period) else 0
         self._unsaved += seconds
         if read or self._unsaved >= _SAVE_EVERY:
             self._index.save_scrub_place(self.place.pack())
@@ -156,8 +159,28 @@ class Scrub:
             case 2:
                 return self._tombstones()
             case _:
-                self.place = Place(rounds=self.place.rounds)
+                self.begin()
                 return 1
+
+    def share(self) -> float:
+        """Of the round that is done, 0 to 1."""
+        total = self._total()
+        return min(1.0, self.place.verified / total) if self.place.phase == PIECES and total else 1.0
+
+    def seconds_left(self, rate: float, *, hurry: bool = False) -> float:
+        """An estimate for the round: it takes the period, or, if it hurries, goes on as it did so far, and to
+        begin with reads `rate` bytes a second."""
+        seconds, verified = self.place.seconds, self.place.verified
+        if self.place.phase == DONE:
+            return 0.0
+        if not hurry:
+            return max(0.0, self._period - seconds)
+        left = max(0, self._total() - verified)
+        return left * seconds / verified if verified and seconds else left / rate
+
+    def _total(self) -> int:
+        """Bytes of payload that a round verifies."""
+        return sum(state.payload_bytes for state in self._index.superblocks.values())
 
     def _pieces(self) -> int:
         read = 1

@@ -49,6 +49,7 @@ from vstack.mesh.messages import (
     GetPiece,
     GetStatus,
     GetUsage,
+    Hasten,
     Hello,
     Holdings,
     Join,
@@ -68,6 +69,7 @@ from vstack.mesh.messages import (
     Reply,
     Scan,
     ScanReply,
+    State,
     Status,
     Submit,
     Told,
@@ -79,6 +81,8 @@ from vstack.mesh.transport import Incoming, Session, Transport
 from vstack.node.admission import Admission
 from vstack.node.entrance import Entrance
 from vstack.node.journal import Journal
+from vstack.node.keeper.keeper import Sight
+from vstack.node.keeper.thread import Keeping
 from vstack.node.listing import Gather, Listings
 from vstack.node.peers import Peers
 from vstack.node.settings import NodeSettings, NotOurMesh
@@ -91,6 +95,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 0.25
 """Seconds that the reactor waits at most for something to happen."""
+SIGHT_EVERY = 0.2
+"""Seconds between two looks at how the others are, for the keeper."""
 STATEMENTS_EVERY = 0.05
 """Seconds between two looks at what is known of other nodes, while none of them says anything."""
 INTRODUCTION = 1.0
@@ -153,12 +159,20 @@ class Node:
         self.transport.epoch = self.view.epoch
         self._admit()
         self.transport.listen(settings.listen)
-        self.store = ChunkStore(settings.data / "store", node=self.me)
+        self.store = ChunkStore(
+            settings.data / "store",
+            node=self.me,
+            reserve=settings.reserve,
+            scrub_days=settings.scrub_days,
+        )
         self._workers = PieceWorkers(self.store, self.transport.wakeup, monotonic)
         self._replies: list[tuple[Incoming, Body, bytes | memoryview]] = []
         self._scans: list[Incoming] = []
         self._listings = Listings(self.me, self.view, self.proposer, self._scan)
         self._views = Views(self.me, self.votes.boot, self.view, self._rng)
+        self._keeping: Keeping | None = None
+        self._sight_at = 0.0
+        """When to tell the keeper how the others are."""
         self._said_waiting = ""
         self._statements_at = 0.0
         """When to look at what is known of other nodes."""
@@ -207,6 +221,8 @@ class Node:
                 self._views.hurry(monotonic())
                 self._turn()
         finally:
+            if self._keeping is not None:
+                self._keeping.close()
             self._workers.close()
             self.transport.close()
             self.store.close()
@@ -288,6 +304,9 @@ class Node:
             if not self.peers.introduced and (self._met_somebody() or now - self._started > INTRODUCTION):
                 self.peers.introduced = True
                 self._on_ready(self)
+            if self.peers.introduced and now >= self._sight_at:
+                self._sight_at = now + SIGHT_EVERY
+                self._keep()
             return
         for link, m in self._entrance.tick(now, self.replica.chain_end):
             self.transport.send(link, m)
@@ -299,6 +318,20 @@ class Node:
         if waiting and waiting != self._said_waiting and now - self._started > 1.0:
             self._said_waiting = waiting
             log.warning("waiting for a mesh: %s", waiting)
+
+    def _keep(self) -> None:
+        """Tells the keeper what this node sees of the others; begins with it."""
+        config = self.view.config
+        down = frozenset(m.node for m in config.members if self.peers.state(m.node) is State.DOWN)
+        sight = Sight(config, down)
+        if self._keeping is not None:
+            self._keeping.observe(sight)
+        elif config.member(self.me) is not None:
+            address = self.settings.advertise
+            here = {address: reachable_here(self.settings.listen)}
+            self._keeping = Keeping(
+                self.me, self.votes.boot, address, here, self.settings.keys, self.store, sight
+            )
 
     def _met_somebody(self) -> bool:
         """Whether a member has said hello: then this data directory is of the mesh that is out there."""
@@ -378,6 +411,8 @@ class Node:
             self._on_viewed(request, body, now)
         elif isinstance(body, GetHoldings):
             self._reply(request, self._holdings(body.after))
+        elif isinstance(body, Hasten):
+            self._on_hasten(request, body.job)
         elif isinstance(body, Join):
             self._admission.on_join(request, body.member, now)
         elif isinstance(body, ChangeMesh):
@@ -391,6 +426,16 @@ class Node:
     def _is_draining(self) -> bool:
         member = self.view.config.member(self.me)
         return member is not None and member.draining
+
+    def _on_hasten(self, request: Incoming, job: str) -> None:
+        if job == "scrub":
+            self._workers.hasten_scrub()
+        elif self._keeping is None:
+            self._reply(request, Failure("busy", "this node has only just begun: try again"))
+            return
+        else:
+            self._keeping.hasten(job)
+        self._reply(request, Noted())
 
     def _on_envelope(self, request: Incoming, envelope: Envelope, now: float) -> None:
         """Votes. Those of a node that is no member count for nothing, unless it is ahead of us."""
@@ -613,6 +658,7 @@ class Node:
             tuple(sorted(leaving(self.view))),
             not self.view.is_settled(),
             {epoch: tuple(nodes) for epoch, nodes in waiting.items()},
+            {} if self._keeping is None else self._keeping.figures,
         )
 
     def _all_counters(self) -> dict[str, int]:
@@ -629,9 +675,15 @@ class Node:
         return dict(sorted(counters.items()))
 
     def _store_figures(self) -> dict[str, float]:
-        figures = self._workers.figures._asdict()
+        figures = self._workers.upkeep_figures()._asdict() | self._workers.figures._asdict()
         start = figures.pop("start")._asdict()
         return {k: float(v) for k, v in {**figures, **{f"start_{k}": v for k, v in start.items()}}.items()}
+
+
+def reachable_here(listen: str) -> str:
+    """Where a node that listens on this address is dialled on its own machine."""
+    host, _, port = listen.rpartition(":")
+    return f"{ {'0.0.0.0': '127.0.0.1', '*': '127.0.0.1', '[::]': '[::1]'}.get(host, host) }:{port}"
 
 
 def envelopes(items: list[AnyItem]) -> list[Envelope]:

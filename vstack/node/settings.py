@@ -37,6 +37,10 @@ class NodeSettings:
     """Found a mesh of one, whatever else is out there."""
     keys: NodeKeys | None = None
     """None: connections are neither encrypted nor authenticated."""
+    scrub_days: float = 7.0
+    """Days of running time in which every piece is read once."""
+    reserve: float = 0.05
+    """The share of the file system, 0 to 1, that uploads leave free."""
 
     @property
     def public_key(self) -> bytes:

@@ -314,6 +314,10 @@ class ChunkStore:
                 start=self._report,
             )
 
+    def superblock_sizes(self) -> dict[int, int]:
+        """Bytes written to each superblock, by number."""
+        return {number: state.watermark for number, state in self._index.superblocks.items()}
+
     def close(self) -> None:
         """A clean stop: the next start scans nothing. Call it when no reader is left; twice is harmless."""
         with self._lock:

@@ -35,7 +35,7 @@ from vstack.mesh.registers import Generation, PieceKey, UploadId
 from vstack.mesh.sockets import Wakeup
 from vstack.mesh.transport import Incoming
 from vstack.node.store import ChunkStore, Piece, PieceNotFound, Purpose, PutResult, StoreFull
-from vstack.node.upkeep import Upkeep
+from vstack.node.upkeep import Upkeep, UpkeepStats
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,14 @@ class PieceWorkers:
         with self._work:
             queue.append(request)
             self._work.notify_all()
+
+    def hasten_scrub(self) -> None:
+        """As `Upkeep.hasten_scrub`."""
+        self._upkeep.hasten_scrub()
+
+    def upkeep_figures(self) -> UpkeepStats:
+        """As `Upkeep.figures`."""
+        return self._upkeep.figures()
 
     def take_done(self) -> list[Done]:
         """What has finished since the last call."""
