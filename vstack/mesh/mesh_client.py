@@ -114,6 +114,8 @@ class MeshClient:
         self._doubted_at: dict[NodeId, float] = {}
         """When a node last found no majority: it may be the one that is cut off."""
         self._seeds: tuple[str, ...] = ()
+        self.near: NodeId = ""
+        """The node that is asked first where any one would do."""
         self._newer = 0
         """The highest epoch that a node spoke of."""
         self.mesh = ""
@@ -416,7 +418,7 @@ class MeshClient:
 
     async def _list_page(self, prefix: str, after: str) -> Listing:
         why: VstackError = MeshUnavailable("the mesh has no members")
-        for node in sorted(self.config.nodes, key=self.silent):
+        for node in sorted(self.config.nodes, key=lambda n: (self.silent(n), n != self.near)):
             try:
                 return _expect(Listing, await self.ask(node, List(prefix, after), timeout=6.0))
             except (NoAnswer, Refused) as e:

@@ -60,9 +60,7 @@ def judge_by_video(key: PieceKey, video: Register[VideoRecord]) -> Verdict | Non
     return None
 
 
-def judge(
-    me: NodeId, key: PieceKey, video: Register[VideoRecord], chunk: Register[ChunkRecord]
-) -> Verdict:
+def judge(me: NodeId, key: PieceKey, video: Register[VideoRecord], chunk: Register[ChunkRecord]) -> Verdict:
     """`chunk`: of the piece's chunk; see `init_register` for pieces of the init segment."""
     said = judge_by_video(key, video)
     if said is not None:

@@ -72,6 +72,11 @@ class Work:
         return (len(self.heal) + len(self.write)) * fragment_size(record.entry.size, self.scheme.k)
 
 
+def alike(one: Scheme, other: Scheme) -> bool:
+    """Whether the pieces of one are pieces of the other: copies are copies, however many."""
+    return one == other or one.k == other.k == 1
+
+
 def sound(record: ChunkRecord, nodes: Nodes, bad: Collection[Place] = ()) -> list[Place]:
     """The places that can be counted on: of members that are not gone, and not known to be bad. One for
     each fragment, or for each node that has a copy; draining nodes last."""
@@ -116,7 +121,7 @@ def plan(
     index = record.entry.index
     open_to_writes = {m.node for m in usable} - set(nodes.closed)
     ranked = order(usable, video, index)
-    if record.scheme != scheme and not (record.scheme.k == scheme.k == 1):
+    if not alike(record.scheme, scheme):
         if left < 0:
             return None
         targets = _spread(ranked, scheme, [], range(scheme.m), open_to_writes)
@@ -154,10 +159,11 @@ def _plan_same(
             elsewhere.append(place)
     # A bad piece is written again where it is named, if its node is there: no register changes for that.
     healed: dict[int | NodeId, Place] = {}
+    known = {p.node if copies else p.piece for p in staying}
     for place in record.places:
-        known = {p.node if copies else p.piece for p in staying} | healed.keys()
-        if place in bad and place.node in open_to_writes and (place.node if copies else place.piece) not in known:
-            healed[place.node if copies else place.piece] = place
+        which = place.node if copies else place.piece
+        if place in bad and place.node in open_to_writes and which not in known | healed.keys():
+            healed[which] = place
             slots[place.node] -= 1
     heal = tuple(healed.values())
     there = len(keep) + len(elsewhere) + len(heal)
@@ -222,7 +228,7 @@ def _spread(
     pieces: Sequence[int] | range,
     open_to_writes: Collection[NodeId],
 ) -> list[tuple[int, NodeId]]:
-    """All pieces of a scheme on nodes that take them, or fewer where that would not survive any one of them."""
+    """All pieces of a scheme on nodes that take them; none where that would not survive any one of them."""
     writable = [m for m in ranked if m.node in open_to_writes]
     if choose_scheme(scheme, len(writable)) != scheme:
         return []
@@ -233,3 +239,22 @@ def _spread(
             break
         out.append((0 if scheme.k == 1 else piece, member.node))
     return out
+
+
+def settled(record: ChunkRecord, work: Work, written: Sequence[Place]) -> tuple[Place, ...]:
+    """What the register is to name once `written` is there. Where a piece could not be written, the place
+    that it had stays: its node may come back."""
+    places = [*work.keep, *work.heal, *written]
+    if not alike(record.scheme, work.scheme):
+        return tuple(sorted(places, key=lambda p: (p.piece, p.node)))
+    if work.scheme.k == 1:
+        there = {p.node for p in places}
+        spared = [p for p in record.places if p.node not in there]
+        places += spared[: max(0, work.scheme.m - len(places))]
+    else:
+        have = {p.piece for p in places}
+        for place in record.places:
+            if place.piece not in have:
+                have.add(place.piece)
+                places.append(place)
+    return tuple(sorted(places, key=lambda p: (p.piece, p.node)))

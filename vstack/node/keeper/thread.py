@@ -1,0 +1,119 @@
+"""The thread in which a node keeps: its own event loop, its own connections, the node's own key.
+
+The reactor tells it what it sees of the mesh, and takes its figures; nothing else is shared but the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Mapping
+from time import monotonic, time
+from typing import Any
+
+from vstack.errors import VstackError
+from vstack.mesh.config import NodeId
+from vstack.mesh.keys import ClientKey, NodeKeys
+from vstack.mesh.mesh_client import connect
+from vstack.node.keeper.budget import Budget
+from vstack.node.keeper.collector import Collector
+from vstack.node.keeper.keeper import Keeper, Sight
+from vstack.node.keeper.mender import Mender
+from vstack.node.store import ChunkStore
+
+log = logging.getLogger(__name__)
+
+FIGURES_EVERY = 0.25
+"""Seconds between two looks at the figures."""
+DAY = 86_400
+
+
+class Keeping:
+    """Works from when it is made until `close`."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        boot: int,
+        address: str,
+        address_map: Mapping[str, str],
+        keys: NodeKeys | None,
+        store: ChunkStore,
+        sight: Sight,
+    ) -> None:
+        """`address` is the one that this node is known by; `address_map` says where that is dialled here."""
+        self._node = node
+        self._boot = boot
+        self._address = address
+        self._address_map = address_map
+        self._key = None if keys is None else ClientKey("keeper", keys.mesh.pair.public, keys.own)
+        self._store = store
+        self._sight = sight
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._keeper: Keeper | None = None
+        self._collector: Collector | None = None
+        self._closing = False
+        self.figures: dict[str, float] = {}
+        """As they were a moment ago."""
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._thread.start()
+
+    def observe(self, sight: Sight) -> None:
+        """What the reactor sees of the mesh now."""
+        self._sight = sight
+
+    def hasten(self, job: str) -> None:
+        """`job`: repair or gc. The next pass begins at once."""
+        worker = self._keeper if job == "repair" else self._collector
+        if self._loop is not None and worker is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
+                self._loop.call_soon_threadsafe(worker.hasten)
+
+    def close(self) -> None:
+        """Returns when nothing of it touches the store any more."""
+        self._closing = True
+        if self._loop is not None and self._stop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except Exception:
+            log.exception("the keeper has ended: this node serves, and repairs nothing")
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        while not self._closing:
+            try:
+                async with connect((self._address,), address_map=self._address_map, keys=self._key) as mesh:
+                    mesh.near = self._node
+                    await self._keep(mesh)
+            except VstackError as e:
+                log.warning("the keeper cannot reach its own node: %s", e)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), 1.0)
+
+    async def _keep(self, mesh: Any) -> None:
+        assert self._stop is not None
+        budget = Budget(lambda: self._sight.config.policy.repair_rate, monotonic)
+        mender = Mender(mesh, self._node, self._boot, budget, asyncio.to_thread)
+        keeper = Keeper(mesh, self._node, mender, lambda: self._sight, monotonic, lambda: int(time() // DAY))
+        collector = Collector(
+            mesh, self._node, self._store, lambda: self._sight, keeper.gone, monotonic, asyncio.to_thread
+        )
+        self._keeper, self._collector = keeper, collector
+        tasks = [asyncio.create_task(keeper.run()), asyncio.create_task(collector.run())]
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            while not stop.done() and not any(t.done() for t in tasks):
+                await asyncio.wait([stop, *tasks], timeout=FIGURES_EVERY, return_when=asyncio.FIRST_COMPLETED)
+                self.figures = keeper.state() | collector.state()
+        finally:
+            for task in (stop, *tasks):
+                task.cancel()
+            await asyncio.gather(stop, *tasks, return_exceptions=True)
