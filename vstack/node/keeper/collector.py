@@ -47,7 +47,7 @@ from vstack.node.keeper.garbage import (
     judge,
     judge_by_video,
 )
-from vstack.node.keeper.keeper import Mesh, Sight
+from vstack.node.keeper.keeper import Mesh, Sight, rest
 from vstack.node.keeper.mender import Offload
 from vstack.node.pieces import PieceInfo
 
@@ -58,10 +58,6 @@ R = TypeVar("R")
 MAX_CANDIDATES = 200_000
 """Pieces that wait for their grace to pass; of more, the next pass takes note."""
 PAGE = 1000
-PAUSE = 15.0
-"""Seconds between two passes, at least, unless the policy's grace is shorter than a minute."""
-SHARE = 20
-"""A pause lasts this many times as long as the pass before it."""
 
 
 class Store(Protocol):
@@ -135,10 +131,8 @@ class Collector:
             except Exception:
                 log.exception("the pass over the pieces failed")
             took = self._now() - began
-            least = min(PAUSE, max(0.5, self._sight().config.policy.grace / 4))
-            until = self._now() + max(least, SHARE * took)
-            while self._now() < until and not self._hasten.is_set():
-                await asyncio.sleep(min(0.25, max(0.01, until - self._now())))
+            self._state["gc_pass_s"] = took
+            await rest(self._now, took, lambda: self._sight().config.policy.grace, self._hasten.is_set)
 
     # -- one pass ---------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -59,8 +60,8 @@ CLOSED_FOR = 30.0
 """Seconds for which a node that did not take a piece is given none."""
 PAUSE = 15.0
 """Seconds between two passes, at least, unless the policy's delays are shorter than a minute."""
-SHARE = 20
-"""A pause lasts this many times as long as the pass before it."""
+SHARE = 10
+"""A pause lasts this many times as long as the pass before it, up to the policy's delay or a minute."""
 COUNT_EVERY = 600.0
 """Seconds after which running time is written into registers that wait for something."""
 BATCH = 200
@@ -219,11 +220,17 @@ class Keeper:
             except Exception:
                 complete, took = False, self._now() - began
                 log.exception("the pass over the videos failed")
-            policy = self._sight().config.policy
-            least = min(PAUSE, max(0.5, min(policy.repair_delay, policy.grace) / 4))
-            until = self._now() + max(least, SHARE * took if complete else least)
-            while self._now() < until and not self._hasten.is_set() and self._outlook() == outlook:
-                await asyncio.sleep(min(0.25, max(0.01, until - self._now())))
+            self._state["pass_s"] = took
+            over = partial(self._is_due, outlook)
+            await rest(self._now, took if complete else 0.0, self._shortest_delay, over)
+
+    def _is_due(self, outlook: tuple[int, frozenset[NodeId]]) -> bool:
+        """Whether another pass has to begin at once, after one that rested on `outlook`."""
+        return self._hasten.is_set() or self._outlook() != outlook
+
+    def _shortest_delay(self) -> float:
+        policy = self._sight().config.policy
+        return min(policy.repair_delay, policy.grace)
 
     def _say(self, text: str) -> None:
         if text != self._said:
@@ -449,6 +456,20 @@ class Keeper:
                     f"chunk {queued.target.index} of video {queued.target.video[:12]} could not be mended: "
                     f"{mended.why}"
                 )
+
+
+async def rest(
+    now: Callable[[], float], took: float, delay: Callable[[], float], over: Callable[[], bool]
+) -> None:
+    """The pause after a pass that took so many seconds, unless it is `over` sooner. `delay`: the policy's,
+    in seconds, after which what a pass does has to be seen; asked again and again, for it may change."""
+    began = now()
+    while not over():
+        least = min(PAUSE, max(0.5, delay() / 4))
+        left = began + max(least, min(SHARE * took, max(60.0, delay()))) - now()
+        if left <= 0:
+            return
+        await asyncio.sleep(min(0.25, max(0.01, left)))
 
 
 def _older(rows: Sequence[Row], video: Video) -> list[Row]:
