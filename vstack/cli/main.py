@@ -103,6 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     v = verb("status", "health of the mesh, with reasons")
     verb("nodes", "the members, and how they see each other")
 
+    v = verb("storage", "what the videos take on disk, by scheme and node, beside whole copies")
+    v.add_argument("--videos", action="store_true", help="also video by video")
+    v = verb("scrub", "have the nodes read all their pieces now, and wait for what they find")
+    v.add_argument("--node", metavar="NODE", help="this one only: its id, the beginning of it, or an address")
+    v.add_argument("--watch", action="store_true", help="begin none: wait for those that are under way")
+
     v = verb("policy", "how the mesh keeps its videos: shown, or changed with KEY=VALUE")
     v.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as in hot-views=1000 or undelete=24h")
 

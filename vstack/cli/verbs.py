@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from vstack.cli import catalogue, health, keys, mesh, playback, policy, store
+from vstack.cli import catalogue, health, keys, mesh, playback, policy, storage, store
 from vstack.mesh.mesh_client import MeshClient, connect
 
 VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
@@ -21,6 +21,8 @@ VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
     "play": playback.play,
     "status": health.status,
     "nodes": health.nodes,
+    "storage": storage.storage,
+    "scrub": storage.scrub,
     "keys": keys.run,
     "mesh": mesh.run,
     "policy": policy.policy,
