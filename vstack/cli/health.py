@@ -7,13 +7,11 @@ import asyncio
 from collections import Counter
 
 from vstack.cli import show
+from vstack.cli.keep import DEGRADED, repair_lines
 from vstack.errors import VstackError
 from vstack.mesh.config import Config, Member, NodeId
 from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import Status
-
-DEGRADED = 8
-"""Exit code of `status` when some node is down and the mesh still serves."""
 
 
 class NotServing(VstackError):
@@ -101,7 +99,8 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
                 "per_node": {
                     a.node: {
                         "address": a.address, "boot": a.boot, "uptime_s": a.uptime_s, "counters": a.counters,
-                        "store": a.store, "disk_free": a.disk_free, "disk_total": a.disk_total,
+                        "store": a.store, "keeper": a.keeper, "disk_free": a.disk_free,
+                        "disk_total": a.disk_total,
                     }
                     for a in up
                 },
@@ -121,6 +120,8 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
             f"  {show.count(round(pieces), 'piece')}, {show.size(bytes_)}; "
             f"at least {show.size(free)} free on each node"
         )
+        for line in repair_lines({a.node: a.keeper for a in up}):
+            show.out.print(f"  {line}")
         if (per_attempt := _per_attempt(totals)) is not None:
             show.out.print(
                 f"  {show.count(totals['paxos.chosen'], 'decision')} ({totals['paxos.fast']} by their leader "

@@ -112,6 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
     v = verb("policy", "how the mesh keeps its videos: shown, or changed with KEY=VALUE")
     v.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as in hot-views=1000 or undelete=24h")
 
+    v = verb("repair", "have the nodes look for missing pieces now, and wait until they are back")
+    v.add_argument("--rate", metavar="SIZE", help="bytes a second of each node, from now on: 32M")
+    v.add_argument("--no-wait", action="store_true", help="only have them begin")
+    v = verb("gc", "have the nodes look at pieces that no register names now, and tell what there is")
+    v.add_argument("--no-wait", action="store_true", help="only have them begin")
+
     v = verb("mesh", "which machines are in the mesh: plan, add, remove, drain, recover", mesh=False)
     mesh.add_parser(v, mesh_options)
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from vstack.cli import catalogue, health, keys, mesh, playback, policy, storage, store
+from vstack.cli import catalogue, health, keep, keys, mesh, playback, policy, storage, store
 from vstack.mesh.mesh_client import MeshClient, connect
 
 VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
@@ -23,6 +23,8 @@ VERBS: dict[str, Callable[[MeshClient, argparse.Namespace], Awaitable[int]]] = {
     "nodes": health.nodes,
     "storage": storage.storage,
     "scrub": storage.scrub,
+    "repair": keep.repair,
+    "gc": keep.gc,
     "keys": keys.run,
     "mesh": mesh.run,
     "policy": policy.policy,

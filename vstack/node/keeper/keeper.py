@@ -208,6 +208,7 @@ class Keeper:
         """Until it is cancelled."""
         while True:
             self._hasten.clear()
+            self.figures["passes_begun"] += 1
             began, outlook = self._now(), self._outlook()
             try:
                 complete = await self.look()
