@@ -18,7 +18,7 @@ from vstack.errors import DamagedData, MeshUnavailable
 from vstack.mesh.config import Member
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import MeshClient
-from vstack.mesh.messages import Failure, Found, PieceData
+from vstack.mesh.messages import Failure, Found, Held, PieceData
 from vstack.mesh.registers import (
     ERASURE,
     REPLICATED,
@@ -48,6 +48,8 @@ class FakeMesh:
         self.pieces: dict[tuple[str, int], bytes] = {}
         self.requests: list[tuple[str, int, int]] = []
         self.reads = 0
+        self.doubted: list[tuple[str, int]] = []
+        """Pieces that their nodes were asked to read."""
         self.members: tuple[Member, ...] = ()
         self.register: ChunkRecord | None = None
         self.before: Callable[[str], Awaitable[None]] | None = None
@@ -62,6 +64,10 @@ class FakeMesh:
             places.append(Place(NODES[letter], number, digest(pieces[number])))
         entry = ChunkEntry(4, 0, 10, len(self.data), digest(self.data))
         return ChunkRecord(entry, scheme, tuple(places))
+
+    async def inventory(self, node: str, keys: list[PieceKey], *, verified_within: int) -> list[Held]:
+        self.doubted += [(node, key.piece) for key in keys]
+        return [Held("quarantined", bytes(32)) for _ in keys]
 
     async def get_range(
         self, node: str, key: PieceKey, offset: int, length: int, *, timeout: float
@@ -102,7 +108,7 @@ def test_a_chunk_comes_out_whole_and_says_who_served_it(scheme: Scheme, holders:
     asyncio.run(run())
 
 
-def test_a_damaged_piece_is_fetched_from_elsewhere() -> None:
+def test_a_damaged_piece_is_fetched_from_elsewhere_and_its_node_is_asked_to_look() -> None:
     async def run() -> None:
         mesh = FakeMesh(noise(300_000), ERASURE, "abcde")
         bad = NODES["a"], 0
@@ -115,6 +121,7 @@ def test_a_damaged_piece_is_fetched_from_elsewhere() -> None:
         assert [why for _, node, why in fetcher.failures if node == NODES["a"]] == [
             "piece 0 of chunk 4 is damaged"
         ]
+        assert mesh.doubted == [bad]
 
     asyncio.run(run())
 

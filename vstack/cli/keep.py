@@ -105,9 +105,10 @@ def _show_repair(options: argparse.Namespace, before: Figures, now: Figures) -> 
     if options.json:
         show.print_json({**changed, **left, "nodes": {n: dict(f) for n, f in now.items()}})
     else:
+        moved = changed["chunks_drain"] + changed["chunks_move"]
         show.out.print(
             f"{show.count(changed['chunks_repair'], 'chunk')} repaired, {changed['chunks_switch']} switched, "
-            f"{changed['chunks_drain'] + changed['chunks_move']} moved: {show.size(changed['bytes_read'])} read, "
+            f"{moved} moved: {show.size(changed['bytes_read'])} read, "
             f"{show.size(changed['bytes_written'])} written"
         )
         for line in repair_lines(now):

@@ -243,6 +243,7 @@ class ChunkFetcher:
             self.failures.append((monotonic(), worst, f"piece {n} of {what(entry.index)} is damaged"))
             del job.blocks[n], job.sources[n]
             self._scheduler.reject(entry.index, n, worst)
+            self._spawn(self._report(record, n, worst))
         if bad:
             job.failovers += len(bad)
             self._wake.set()
@@ -257,6 +258,14 @@ class ChunkFetcher:
             for node, size in job.sources.get(n, {}).items():
                 served[node] = served.get(node, 0) + size
         job.done.set_result(FetchedChunk(entry, data, served, monotonic() - job.began, job.failovers))
+
+    async def _report(self, record: ChunkRecord, piece: int, node: NodeId) -> None:
+        """Has the node that gave a damaged piece read it: what is bad there is repaired."""
+        for place in record.places:
+            if (place.node, place.piece) == (node, piece):
+                key = record.key(self._video, self._upload, place)
+                with contextlib.suppress(NoAnswer, Refused):
+                    await self._mesh.inventory(node, [key], verified_within=0)
 
     async def _reread(self, index: int) -> None:
         """No named place has it: the register may name others by now."""

@@ -104,7 +104,7 @@ class Collector:
         self._candidates: dict[PieceKey, _Candidate] = {}
         self._hasten = asyncio.Event()
         self.figures: Counter[str] = Counter()
-        """Since the start: gc_passes_begun, gc_passes, gc_dropped, gc_dropped_bytes, gc_fenced, gc_adopted."""
+        """Since the start: gc_passes, gc_passes_begun, gc_dropped, gc_dropped_bytes, gc_fenced, ..."""
         self._state: dict[str, float] = {}
         self._said = ""
 
