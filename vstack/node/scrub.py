@@ -46,7 +46,7 @@ _SAVE_EVERY = 60.0
 """Seconds of running time that a crash may take from the count."""
 
 MOST_REMEMBERED = 200_000
-"""Pieces of which the store remembers when they were verified: about 40 MB."""
+"""Pieces of which the store remembers when they were verified: 32 MB."""
 
 PIECES, TOMBSTONES, DONE = 1, 2, 3
 
