@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from time import monotonic
 
 from vstack.cli import show
 from vstack.client import members
-from vstack.client.members import Moving
-from vstack.errors import MeshUnavailable, UsageError, VstackError
+from vstack.client.members import Moving, Plan, Stake
+from vstack.errors import MeshUnavailable, UsageError
 from vstack.mesh.changes import DrainMember, MeshChange, RemoveMember
-from vstack.mesh.config import Config
+from vstack.mesh.config import Config, Member, NodeId
 from vstack.mesh.mesh_client import MeshClient
+from vstack.mesh.messages import Status
 
 SERVES_WITHIN = 60.0
 """Seconds that a new member has to adopt the configuration that names it."""
 SETTLE_WITHIN = 300.0
 """Seconds that a command waits for votes to move."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks at what still lies on a node, at least; and at least as long as a look takes."""
+STUCK_AFTER = 60.0
+"""Seconds without a piece moving after which that is said."""
 
 
 async def run(mesh: MeshClient, options: argparse.Namespace) -> int:
@@ -45,6 +51,7 @@ async def plan(mesh: MeshClient, options: argparse.Namespace) -> int:
                 "videos": planned.videos,
                 "videos_whose_votes_move": planned.moving,
                 "votes_per_register": planned.after.g,
+                "piece_bytes_moving": planned.piece_bytes,
             }
         show.print_json(document)
         return 0
@@ -56,8 +63,16 @@ async def plan(mesh: MeshClient, options: argparse.Namespace) -> int:
             f"{len(after.voters)} of them voting, {after.g} for each register; the votes of "
             f"{planned.moving} of {planned.videos} videos would move"
         )
+        show.out.print(_pieces_line(planned))
         show.out.print(_survives(after))
     return 0
+
+
+def _pieces_line(planned: Plan) -> str:
+    if planned.piece_bytes is None:
+        return "how much of the pieces would move is not known: a node that would say so does not answer"
+    which = "to it" if len(planned.after.members) > len(planned.before.members) else "away from it"
+    return f"{show.size(planned.piece_bytes)} of pieces would move {which}, in the background"
 
 
 async def add(mesh: MeshClient, options: argparse.Namespace) -> int:
@@ -71,19 +86,32 @@ async def add(mesh: MeshClient, options: argparse.Namespace) -> int:
 async def remove(mesh: MeshClient, options: argparse.Namespace) -> int:
     """Takes a node out of the mesh."""
     member = members.find_member(mesh.config, options.node)
-    await _must_not_lose_pieces(mesh, member.node, options)
+    if not options.yes:
+        await _must_not_lose_pieces(mesh, member.node)
     await _wait_for_the_last(mesh, options)
     epoch = await members.remove(mesh, member)
     return await _finish(mesh, options, epoch, f"node {member.node[:8]} is out and may be switched off")
 
 
 async def drain(mesh: MeshClient, options: argparse.Namespace) -> int:
-    """Moves a node's votes elsewhere, or lets it vote again."""
+    """Moves a node's votes and pieces elsewhere, or lets it have some again."""
     member = members.find_member(mesh.config, options.node)
-    await _wait_for_the_last(mesh, options)
-    epoch = await members.drain(mesh, member, not options.undo)
-    done = "votes again" if options.undo else "votes no more, and gets no new pieces"
-    return await _finish(mesh, options, epoch, f"node {member.node[:8]} {done}")
+    name = f"node {member.node[:8]}"
+    if options.undo:
+        await _wait_for_the_last(mesh, options)
+        epoch = await members.drain(mesh, member, False)
+        return await _finish(mesh, options, epoch, f"{name} votes and takes pieces again")
+    if not options.force:
+        await _must_be_dispensable(mesh, member)
+    epoch = mesh.config.epoch
+    if not member.draining:  # otherwise the command was given before, and goes on
+        await _wait_for_the_last(mesh, options)
+        epoch = await members.drain(mesh, member, True)
+    if options.no_wait:
+        return await _finish(mesh, options, epoch, f"{name} votes no more; its pieces move elsewhere")
+    await _until_settled(mesh, "this change", epoch)
+    await _until_empty(mesh, member.node)
+    return await _finish(mesh, options, epoch, f"{name} votes no more, and no video needs what lies on it")
 
 
 async def recover(mesh: MeshClient, options: argparse.Namespace) -> int:
@@ -137,11 +165,12 @@ def add_parser(v: argparse.ArgumentParser, mesh_options: Callable[[argparse.Argu
     _waiting(a)
     a = action("remove", "take a node out of the mesh; it may be switched off when this is done")
     a.add_argument("node", metavar="NODE", help="its id, the beginning of it, or its address")
-    a.add_argument("--yes", action="store_true", help="although it still holds pieces")
+    a.add_argument("--yes", action="store_true", help="although chunks may be lost with it")
     _waiting(a)
-    a = action("drain", "move a node's votes elsewhere, and give it no new pieces")
+    a = action("drain", "move a node's votes and pieces elsewhere")
     a.add_argument("node", metavar="NODE")
-    a.add_argument("--undo", action="store_true", help="let it vote again")
+    a.add_argument("--undo", action="store_true", help="let it vote and take pieces again")
+    a.add_argument("--force", action="store_true", help="although there is no room, or copies are down")
     _waiting(a)
     a = action("recover", "go on without nodes that are gone for good, when no majority is left")
     a.add_argument("--lost", metavar="NODE,...", required=True, help="the nodes that are given up")
@@ -149,7 +178,7 @@ def add_parser(v: argparse.ArgumentParser, mesh_options: Callable[[argparse.Argu
 
 
 def _waiting(a: argparse.ArgumentParser) -> None:
-    a.add_argument("--no-wait", action="store_true", help="do not wait until the votes have moved")
+    a.add_argument("--no-wait", action="store_true", help="do not wait until all has moved")
 
 
 async def _wait_for_the_last(mesh: MeshClient, options: argparse.Namespace) -> None:
@@ -188,20 +217,103 @@ async def _finish(mesh: MeshClient, options: argparse.Namespace, epoch: int, don
     return 0
 
 
-async def _must_not_lose_pieces(mesh: MeshClient, node: str, options: argparse.Namespace) -> None:
-    if options.yes:
-        return
-    try:
-        pieces = int((await mesh.status(node)).store["pieces"])
-    except VstackError as e:
+async def _until_empty(mesh: MeshClient, node: NodeId) -> None:
+    """Returns when no register names a piece on `node` any more."""
+    most = 0
+    moved_at = monotonic()
+    left: int | None = None
+    stuck = False
+    with show.bar(f"node {node[:8]}: pieces move elsewhere") as bar:
+        while True:
+            began = monotonic()
+            now = await members.stake(mesh, node, ())
+            if not now.chunks and not now.incomplete:
+                if now.strange:
+                    show.warn(f"{show.count(now.strange, 'register')} of a newer version may name it still")
+                return
+            if left is None or now.bytes < left:
+                left, moved_at = now.bytes, began
+            elif began - moved_at > STUCK_AFTER and not stuck:
+                stuck = True
+                show.warn(
+                    f"nothing has moved for {STUCK_AFTER:.0f} s, {show.size(now.bytes)} are left: `vstack "
+                    "status` says how the nodes are. It goes on without this command, too"
+                )
+            most = max(most, now.bytes)
+            bar.update("moved", most - now.bytes, most)
+            await asyncio.sleep(max(LOOK_EVERY, monotonic() - began))
+
+
+async def _stake(mesh: MeshClient, node: NodeId, told: dict[NodeId, Status]) -> Stake:
+    with show.counting("what lies where") as bar:
+        live = [n for n in told if n != node]
+        return await members.stake(mesh, node, live, lambda done, total: bar.update("videos", done, total))
+
+
+async def _must_be_dispensable(mesh: MeshClient, member: Member) -> None:
+    """Raises UsageError, with the reason, if a node had better not be drained now."""
+    others = [m for m in mesh.members if not m.draining and m.node != member.node]
+    if len(others) == 1:
         raise UsageError(
-            f"node {node[:8]} does not say what it holds ({e}). If it is gone for good, repeat with --yes"
-        ) from e
-    if pieces:
-        raise UsageError(
-            f"node {node[:8]} still holds {pieces} pieces, which would be missing. If enough copies are "
-            "elsewhere (`vstack info VIDEO`), repeat with --yes"
+            f"only node {others[0].node[:8]} would be left to hold pieces, and its loss would lose them. "
+            "Add a node first, or repeat with --force"
         )
+    told = await members.statuses(mesh)
+    stake = await _stake(mesh, member.node, told)
+    room = members.room_elsewhere(mesh, member.node, told)
+    if stake.bytes > room:
+        raise UsageError(
+            f"node {member.node[:8]} holds {show.size(stake.bytes)}, and the other nodes that answer have "
+            f"{show.size(room)} free above their reserve. Add a node or a disk first, or repeat with --force"
+        )
+    if stake.last:
+        raise UsageError(
+            _needed(member.node, stake, mesh, told) + ". Start them first, or repeat with --force"
+        )
+    _must_be_known(stake, member.node, "--force")
+
+
+async def _must_not_lose_pieces(mesh: MeshClient, node: NodeId) -> None:
+    """Raises UsageError if some chunk could not be read any more without `node`, or that is not known."""
+    told = await members.statuses(mesh)
+    if node in told and not told[node].store["pieces"]:
+        return
+    stake = await _stake(mesh, node, told)
+    if stake.last:
+        raise UsageError(
+            _needed(node, stake, mesh, told)
+            + ". `vstack mesh drain` moves its pieces elsewhere first; if it "
+            "is gone for good, repeat with --yes"
+        )
+    _must_be_known(stake, node, "--yes")
+    if stake.chunks:
+        show.warn(
+            f"pieces of {show.count(stake.chunks, 'chunk')} are on node {node[:8]}: they are made again "
+            "elsewhere when it is out"
+        )
+
+
+def _needed(node: NodeId, stake: Stake, mesh: MeshClient, told: dict[NodeId, Status]) -> str:
+    silent = [m.node[:8] for m in mesh.members if m.node not in told and m.node != node]
+    down = f"; of the other nodes, {', '.join(silent)} do not answer" if silent else ""
+    more = ", ..." if len(stake.last) > 3 else ""
+    return (
+        f"without node {node[:8]} {show.count(len(stake.last), 'chunk')} could not be read "
+        f"({', '.join(stake.last[:3])}{more}){down}"
+    )
+
+
+def _must_be_known(stake: Stake, node: NodeId, way_out: str) -> None:
+    if stake.is_known:
+        return
+    why = (
+        f"{show.count(len(stake.incomplete), 'node')} that would say so do not answer"
+        if stake.incomplete
+        else f"{show.count(stake.strange, 'register')} cannot be read by this version"
+    )
+    raise UsageError(
+        f"what would be missing without node {node[:8]} is not known: {why}. To do it anyway: {way_out}"
+    )
 
 
 def _ask(options: argparse.Namespace, text: str) -> None:

@@ -2,16 +2,23 @@
 
 A change is one decision; after it, the votes of the registers whose groups have changed move, key by
 key, and only when enough nodes have said that theirs are settled may a removed node be switched off.
+Pieces move as well, more slowly: what still lies on a node is what registers name there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
+import msgspec
+
+from vstack.client.catalogue import Video
+from vstack.client.fetcher import holders
+from vstack.client.pieces import what
+from vstack.erasure import fragment_size
 from vstack.errors import MeshUnavailable, NotFound, UsageError, VstackError
 from vstack.mesh.changes import (
     AddMember,
@@ -26,10 +33,16 @@ from vstack.mesh.config import Config, Member, NodeId, View, group, key_subject
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import Chain, ForceConfig, GetConfig, GetHoldings, Holdings, MeshChanged, Status
+from vstack.mesh.placement import takers
+from vstack.mesh.registers import ChunkRecord, chunk_prefix, init_record, unpack_chunk, unpack_video
 from vstack.mesh.sockets import Lane
 
 FORCE_WITHIN = 20.0
 """Seconds in which every node that is left must take a forced configuration."""
+TABLES_AT_ONCE = 8
+"""Videos whose chunk registers are read at a time."""
+RESERVE = 0.05
+"""Share of a disk that is counted as full: uploads stop there, unless a node was told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,9 @@ class Plan:
     videos: int
     moving: int
     """Videos whose group would be another one."""
+    piece_bytes: int | None
+    """Of the pieces that would lie elsewhere in the end: all on a node that leaves; the share of a new one,
+    by its weight. None if a node that has to be asked does not answer."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,26 @@ class Recovered:
     lost their latest change."""
     given_up: tuple[str, ...]
     """Videos of which pieces are stored, but no register is left."""
+
+
+@dataclass(frozen=True)
+class Stake:
+    """What the registers of videos name on one node, and what would be without it."""
+
+    chunks: int
+    """Chunks, and init segments, with a piece on it."""
+    bytes: int
+    """Of these pieces, without headers."""
+    last: tuple[str, ...]
+    """Chunks that could not be read without it, and could with it."""
+    incomplete: tuple[NodeId, ...]
+    """Nodes that did not answer, and without which it is not known what all registers say."""
+    strange: int
+    """Registers that a newer version has written: what they name is not known."""
+
+    @property
+    def is_known(self) -> bool:
+        return not self.incomplete and not self.strange
 
 
 def find_member(config: Config, text: str) -> Member:
@@ -124,6 +160,12 @@ async def moving(mesh: MeshClient) -> Moving:
     return Moving(newest.epoch, newest.base, newest.leaving, newest.waiting, silent, not newest.moving)
 
 
+async def statuses(mesh: MeshClient) -> dict[NodeId, Status]:
+    """What the members that answer say of themselves."""
+    answers = await asyncio.gather(*(_status(mesh, m.node) for m in mesh.members))
+    return {m.node: a for m, a in zip(mesh.members, answers, strict=True) if a is not None}
+
+
 async def _status(mesh: MeshClient, node: NodeId) -> Status | None:
     try:
         return await mesh.status(node)
@@ -150,7 +192,89 @@ async def plan(mesh: MeshClient, change: MeshChange) -> Plan:
     after = successor(view, change)
     videos = [key_subject(row.key) for row in (await mesh.list("video/")).rows]
     before = view.config
-    return Plan(before, after, len(videos), sum(group(before, v) != group(after, v) for v in videos))
+    moving = sum(group(before, v) != group(after, v) for v in videos)
+    return Plan(before, after, len(videos), moving, _piece_bytes(await statuses(mesh), before, after))
+
+
+def _piece_bytes(told: dict[NodeId, Status], before: Config, after: Config) -> int | None:
+    """As `Plan.piece_bytes`."""
+    old, new = takers(before.members), takers(after.members)
+    leaves = [m.node for m in old if m.node not in {n.node for n in new}]
+    joins = [m for m in new if m.node not in {o.node for o in old}]
+    asked = leaves if leaves else before.nodes if joins else ()
+    if any(node not in told for node in asked):
+        return None
+    total = sum(told[node].store["payload_bytes"] for node in asked)
+    if leaves or not joins:
+        return round(total)
+    return round(total * sum(m.weight for m in joins) / sum(m.weight for m in new))
+
+
+# -- what lies on a node ----------------------------------------------------------------------------
+
+
+async def stake(
+    mesh: MeshClient,
+    node: NodeId,
+    live: Collection[NodeId],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Stake:
+    """Reads the registers of all videos that are ready or deleted. `live` are nodes whose pieces count when
+    `node` is gone. `on_progress` is told of videos. Raises MeshUnavailable.
+
+    What an upload has written that is still under way is not in it.
+    """
+    page = await mesh.list("video/")
+    silent = set() if page.complete else set(page.silent)
+    videos: list[Video] = []
+    chunks = size = strange = 0
+    last: list[str] = []
+    for row in page.rows:
+        try:
+            videos.append(Video(key_subject(row.key), row.version, unpack_video(row.data)))
+        except msgspec.DecodeError:
+            strange += 1
+    videos = [v for v in videos if v.record.state in ("ready", "deleted")]
+    for first in range(0, len(videos), TABLES_AT_ONCE):
+        some = videos[first : first + TABLES_AT_ONCE]
+        tables = await asyncio.gather(*(mesh.list(chunk_prefix(v.id, v.upload)) for v in some))
+        for video, table in zip(some, tables, strict=True):
+            silent |= set() if table.complete else set(table.silent)
+            records = [] if video.record.init is None else [init_record(video.record.init)]
+            for row in table.rows:
+                try:
+                    records.append(unpack_chunk(row.data))
+                except msgspec.DecodeError:
+                    strange += 1
+            named = [r for r in records if any(p.node == node for p in r.places)]
+            chunks += len(named)
+            size += sum(_bytes_on(r, node) for r in named)
+            last += [f"{what(r.entry.index)} of video {video.id[:12]}" for r in _only_with(named, node, live)]
+        on_progress(first + len(some), len(videos))
+    return Stake(chunks, size, tuple(last), tuple(sorted(silent)), strange)
+
+
+def _bytes_on(record: ChunkRecord, node: NodeId) -> int:
+    return sum(p.node == node for p in record.places) * fragment_size(record.entry.size, record.scheme.k)
+
+
+def _only_with(
+    records: Iterable[ChunkRecord], node: NodeId, live: Collection[NodeId]
+) -> Iterable[ChunkRecord]:
+    """Those that can be read with `node`, and cannot without it."""
+    others = set(live) - {node}
+    for record in records:
+        if len(holders(record, others)) < record.scheme.k <= len(holders(record, {*others, node})):
+            yield record
+
+
+def room_elsewhere(mesh: MeshClient, node: NodeId, told: dict[NodeId, Status]) -> int:
+    """Bytes that the other members which take pieces, and answer, have free above their reserve."""
+    others = [told[m.node] for m in takers(mesh.members) if m.node != node and m.node in told]
+    return sum(max(0, s.disk_free - round(RESERVE * s.disk_total)) for s in others)
+
+
+# -- one by one -------------------------------------------------------------------------------------
 
 
 async def addition(mesh: MeshClient, address: str) -> AddMember:
