@@ -211,6 +211,17 @@ def test_a_code_that_is_too_wide_for_the_mesh_becomes_copies_and_that_is_said(tm
 
 
 @pytest.mark.processes
+def test_copies_that_are_written_because_nodes_are_down_are_said_too(tmp_path: Path) -> None:
+    film = noise(tmp_path / "film", 1 << 20, 1)
+    with running_mesh(tmp_path / "mesh", 5) as mesh:
+        for node in mesh.nodes[3:]:
+            node.kill()
+        done = vstack("put", film, "--opaque", "--erasure", "10/14", peers=",".join(mesh.peers[:3]))
+        assert done.code == 0, done
+        assert "degraded: 3 copies instead of 10-of-14: some nodes are down" in done.err
+
+
+@pytest.mark.processes
 def test_a_draining_node_does_not_count_when_a_code_is_chosen(tmp_path: Path) -> None:
     film = noise(tmp_path / "film", 1 << 20, 1)
     with running_mesh(tmp_path / "mesh", 4) as mesh:

@@ -430,7 +430,7 @@ class _Upload:
             self.warnings.append(text)
 
     async def _store_chunk(self, upload: UploadId, chunk: Chunk, scheme: Scheme, room: _Room) -> None:
-        entry = chunk.entry
+        entry, wanted = chunk.entry, scheme
         try:
             try:
                 places = await self._writer.write(upload, entry.index, chunk.data, entry.sha256, scheme)
@@ -442,8 +442,9 @@ class _Upload:
                 places = await self._writer.write(upload, entry.index, chunk.data, entry.sha256, scheme)
         finally:
             room.give(len(chunk.data))
-        if len(places) < scheme.m:
-            self._warn(f"{shortfall(scheme, Scheme(1, len(places)))}: some nodes are down")
+        short = shortfall(wanted, Scheme(1, len(places)) if scheme.k == 1 else scheme)
+        if short:
+            self._warn(f"{short}: some nodes are down")
         record = ChunkRecord(entry, scheme, places)
         key = chunk_key(self.id, upload, entry.index)
         outcome = await self._registrar.create(Change(key, 0, pack(record)))
