@@ -58,6 +58,8 @@ R = TypeVar("R")
 MAX_CANDIDATES = 200_000
 """Pieces that wait for their grace to pass; of more, the next pass takes note."""
 PAGE = 1000
+_OVER = 1 << 63
+"""In the place of a register's version where no register can name a piece any more."""
 
 
 class Store(Protocol):
@@ -78,6 +80,16 @@ class _Candidate:
 
     since: float
     length: int
+    open_at: int | None = None
+    """The version of the register up to which a change under way may still name the piece."""
+
+    def look(self, verdict: Verdict, version: int, now: float) -> None:
+        """Takes what the register says now. If others have moved it past `open_at`, the piece may have been
+        named for a while, and somebody may be reading it: its grace begins anew."""
+        if self.open_at is not None and version > self.open_at:
+            self.since, self.open_at = now, None
+        if verdict is Verdict.FENCE:
+            self.open_at = version
 
 
 class Collector:
@@ -173,13 +185,15 @@ class Collector:
         now = self._now()
         found: dict[PieceKey, PieceInfo] = {}
         for info in pieces:
-            verdict = judge(self._me, info.key, register, chunks.get(info.key.chunk, Register(0, None)))
+            chunk = chunks.get(info.key.chunk, Register[ChunkRecord](0, None))
+            verdict = judge(self._me, info.key, register, chunk)
             tally[verdict.value] += 1
             tally[f"{verdict.value}_bytes"] += info.length
             if verdict not in (Verdict.DROP, Verdict.FENCE):
                 self._candidates.pop(info.key, None)
             elif info.key in self._candidates or len(self._candidates) < MAX_CANDIDATES:
-                self._candidates.setdefault(info.key, _Candidate(now, info.length))
+                candidate = self._candidates.setdefault(info.key, _Candidate(now, info.length))
+                candidate.look(verdict, chunk.version if info.key.chunk in chunks else _OVER, now)
                 found[info.key] = info
         return found
 
@@ -213,18 +227,16 @@ class Collector:
 
     async def _drop(self, video: str, upload: UploadId, candidates: dict[PieceKey, PieceInfo]) -> None:
         """Deletes those whose grace is over, if the registers still say so. Adopts those that are needed."""
-        now, grace = self._now(), self._sight().config.policy.grace
         due: dict[int, list[PieceKey]] = defaultdict(list)
         for key in candidates:
             due[key.chunk].append(key)
         register: Register[VideoRecord] | None = None
         for index, keys in due.items():
-            ripe = [k for k in keys if now - self._candidates[k].since >= grace]
             if register is None:
                 register = await self._read_video(video)
             said = judge_by_video(keys[0], register)
             if said is Verdict.DROP:
-                await self._delete(ripe)
+                await self._delete([k for k in keys if self._is_ripe(k, said, _OVER)])
             if said is not None:
                 continue
             chunk = (
@@ -233,13 +245,22 @@ class Collector:
             if await self._adopt(keys, candidates, register, chunk):
                 register = None if is_init(keys[0]) else register
                 continue
-            verdicts = {k: judge(self._me, k, register, chunk) for k in ripe}
-            if any(v is Verdict.FENCE for v in verdicts.values()):
-                await self._fence(keys[0], register, chunk)
+            verdicts = {k: judge(self._me, k, register, chunk) for k in keys}
+            unnamed = [k for k, v in verdicts.items() if v in (Verdict.DROP, Verdict.FENCE)]
+            ripe = [k for k in unnamed if self._is_ripe(k, verdicts[k], chunk.version)]
+            if any(self._candidates[k].open_at is not None for k in ripe):
+                await self._fence(ripe, register, chunk)
                 register = None if is_init(keys[0]) else register
-            gone = [k for k, v in verdicts.items() if v is Verdict.DROP]
+                continue
+            gone = [k for k in ripe if verdicts[k] is Verdict.DROP]
             if gone and (chunk.record is None or await self._is_whole(gone, chunk.record)):
                 await self._delete(gone)
+
+    def _is_ripe(self, key: PieceKey, verdict: Verdict, version: int) -> bool:
+        """Whether the grace of a candidate is over, its register being as it is."""
+        candidate, now = self._candidates[key], self._now()
+        candidate.look(verdict, version, now)
+        return now - candidate.since >= self._sight().config.policy.grace
 
     async def _delete(self, keys: Sequence[PieceKey]) -> None:
         if keys:
@@ -270,11 +291,13 @@ class Collector:
         return True
 
     async def _fence(
-        self, key: PieceKey, register: Register[VideoRecord], chunk: Register[ChunkRecord]
+        self, keys: Sequence[PieceKey], register: Register[VideoRecord], chunk: Register[ChunkRecord]
     ) -> None:
-        """Moves the register on, as it is: whoever was about to name the piece has to look again."""
-        await self._write(key, register, chunk, chunk.record)
-        self.figures["gc_fenced"] += 1
+        """Moves the register on, as it is: whoever was about to name one of the pieces has to look again."""
+        if chunk.record is not None and await self._write(keys[0], register, chunk, chunk.record):
+            self.figures["gc_fenced"] += 1
+            for key in keys:
+                self._candidates[key].open_at = None
 
     async def _adopt(
         self,
@@ -297,10 +320,13 @@ class Collector:
                 await self._offload(self._store.verify, key)
             except (VstackError, OSError):
                 continue
+            candidate = self._candidates[key]
+            open_at, candidate.open_at = candidate.open_at, chunk.version
             if await self._write(key, register, chunk, record):
                 self.figures["gc_adopted"] += 1
                 del self._candidates[key]
                 return True
+            candidate.open_at = open_at  # it has certainly not happened
         return False
 
     async def _write(
@@ -308,10 +334,9 @@ class Collector:
         key: PieceKey,
         register: Register[VideoRecord],
         chunk: Register[ChunkRecord],
-        record: ChunkRecord | None,
+        record: ChunkRecord,
     ) -> bool:
         """Whether the register that names pieces like `key` holds `record` now, by compare-and-swap."""
-        assert record is not None
         assert register.record is not None
         if is_init(key):
             init = InitPiece(record.entry.size, record.entry.sha256, record.places)

@@ -115,6 +115,9 @@ class _Waiting:
     """A video in a state that ends after a while, as this process has seen it."""
 
     state: tuple[str, UploadId]
+    version: int
+    """Of its register. If somebody else has written it, it may have been in another state meanwhile, or that
+    one has counted the same time."""
     counted: float
     """Up to when its running time is in the register."""
     chunks: int = 0
@@ -354,9 +357,9 @@ class Keeper:
         now, undelete = self._now(), self._sight().config.policy.undelete
         state = (video.record.state, video.upload)
         known = self._waiting.get(video.id)
-        if known is None or known.state != state or chunks > known.chunks:
-            self._waiting[video.id] = _Waiting(state, now, chunks)
-            if known is not None and known.state == state and video.record.waited:
+        if known is None or (known.state, known.version) != (state, video.version) or chunks > known.chunks:
+            self._waiting[video.id] = _Waiting(state, video.version, now, chunks)
+            if known is not None and known.state == state and chunks > known.chunks and video.record.waited:
                 return await self._change(video, waited=0)  # the upload goes on
             return video
         elapsed = int(now - known.counted)
@@ -371,10 +374,11 @@ class Keeper:
         else:
             changed = await self._change(video, state="aborted", waited=0)
             log.info("the upload of video %s was given up: nobody goes on with it", video.id[:12])
-        known.counted = now
         if waited >= undelete:
             self._hasten.set()
             return None
+        if changed is not None:
+            known.counted, known.version = now, changed.version
         return changed
 
     async def _take_temperature(self, video: Video) -> Video:
