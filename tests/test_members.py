@@ -308,6 +308,7 @@ def test_a_node_that_waits_with_nobody_who_is_a_member_is_let_in_by_an_operator(
         spares.append(node)
         nobody = "127.0.0.1:9"
         node.start((node.address, nobody), detach=False, extra=mesh.options)
+        wait_for(lambda: "waiting for a mesh" in node.log.read_text(), within=30)
         said = vstack("mesh", "add", node.address, peers=peers_of(*mesh.nodes), key=mesh.client_key)
         assert said.code == 0, said
         node.wait_ready()
