@@ -351,7 +351,7 @@ def test_a_change_of_an_ended_process_that_comes_after_its_slot_was_folded_does_
 
 
 def test_a_record_that_gets_too_large_keeps_every_view_in_fewer_slots() -> None:
-    nodes = [bytes([n]) * 16 for n in range(1, 60)]
+    nodes = [bytes([n]) * 16 for n in range(1, 120)]
     record = ViewRecord(tuple(Slot(n, b, 10**9) for n in nodes for b in (7, 8, 9)))
     with pytest.raises(RecordTooLarge):
         pack(record)
@@ -365,8 +365,19 @@ def test_a_record_that_gets_too_large_keeps_every_view_in_fewer_slots() -> None:
     }
 
 
+def as_full_as_can_be(spare: int = 0) -> ViewRecord:
+    """A record with less than a slot's room, or with `spare` bytes and none more than that."""
+    slots = 1
+    while len(pack(full := ViewRecord(tuple(Slot(n.to_bytes(16), 1, 10**12) for n in range(slots))))) < (
+        MAX_RECORD - spare - 28
+    ):
+        slots += 1
+    left = MAX_RECORD - spare - len(pack(full))  # boots of 128 and more take a byte more each
+    return ViewRecord(tuple(s._replace(boot=127 + (i < left)) for i, s in enumerate(full.slots)))
+
+
 def test_where_not_even_that_fits_the_views_are_dropped_and_said_to_be() -> None:
-    full = ViewRecord(tuple(Slot(n.to_bytes(16), 1, 10**12) for n in range(141)))
+    full = as_full_as_can_be()
     mesh = Registers(VIDEO)
     mesh.values[KEY] = Value(3, pack(full))
     with pytest.raises(RecordTooLarge):
@@ -380,7 +391,7 @@ def test_where_not_even_that_fits_the_views_are_dropped_and_said_to_be() -> None
 
 def test_a_slot_is_never_lowered_by_views_that_follow_dropped_ones() -> None:
     """The change of the first two is still on its way when there is no room for a larger number."""
-    full = ViewRecord(tuple(Slot(n.to_bytes(16), 127 + (n < 11), 10**12) for n in range(140)))
+    full = as_full_as_can_be(spare=21)  # a slot of few views has room, and no more
     mesh = Registers(VIDEO)
     mesh.values[KEY] = Value(3, pack(full))
     v = views()

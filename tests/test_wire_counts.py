@@ -109,6 +109,9 @@ async def read_absent(mesh: MeshClient) -> None:
     assert (await mesh.read(video_key(new_video()))).data is None
 
 
+TRIES = 3
+"""Of each row, the cheapest counts: now and then a keeper looks at the registers meanwhile."""
+
 ROWS: dict[str, Callable[[MeshClient], Awaitable[None]]] = {
     "implicit leader creates a chunk": create_one,
     "100 chunks of one leader in a batch": create_batch,
@@ -124,7 +127,7 @@ def counted(folder: Path, count: int) -> dict[str, tuple[int, int, int]]:
         async with tapped_mesh(folder, count) as tapped:
             assert tapped.mesh.config.g == count
             return {
-                name: await tapped.cost(lambda work=work: work(tapped.mesh))  # type: ignore[misc]
+                name: min([await tapped.cost(lambda work=work: work(tapped.mesh)) for _ in range(TRIES)])  # type: ignore[misc]
                 for name, work in ROWS.items()
             }
 
