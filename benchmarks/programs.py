@@ -18,6 +18,8 @@ from vstack.errors import VstackError
 
 STARTS_WITHIN = 60.0
 SOCKET_BLOCK = 1 << 20
+IDLE = 5.0
+"""Seconds after which a connection is not used again: the other side may be about to close it."""
 
 
 class Wrong(VstackError):
@@ -106,7 +108,8 @@ class Http:
 
     def __init__(self) -> None:
         self._mine = threading.local()
-        self._all: list[http.client.HTTPConnection] = []
+        self._used: dict[http.client.HTTPConnection, float] = {}
+        """When each was last used."""
 
     def ask(self, server: str, method: str, path: str, body: bytes | memoryview | None = None) -> bytes:
         """The body of the answer. Raises Wrong for a status that is not 2xx, OSError."""
@@ -115,12 +118,15 @@ class Http:
         if connection is None:
             connection = http.client.HTTPConnection(server, timeout=STARTS_WITHIN, blocksize=SOCKET_BLOCK)
             connections[server] = connection
-            self._all.append(connection)
+        elif time.monotonic() - self._used[connection] > IDLE:
+            connection.close()  # the question opens it again
+        self._used[connection] = time.monotonic()
         try:
             headers = {"Content-Type": "application/octet-stream"} if body is not None else {}
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
             data = answer.read()
+            self._used[connection] = time.monotonic()
         except (OSError, http.client.HTTPException) as e:
             connection.close()  # the next question opens it again
             raise OSError(f"{server}: {e!r}") from e
@@ -135,5 +141,5 @@ class Http:
         return found
 
     def close(self) -> None:
-        for connection in self._all:
+        for connection in self._used:
             connection.close()
