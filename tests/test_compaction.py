@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import running_mesh, with_client
+from tests.kept import content, eventually, put, set_policy
 from tests.store_helpers import (
     Crash,
     FailingDisk,
@@ -25,13 +27,15 @@ from tests.store_helpers import (
     recount,
     superblocks,
 )
+from vstack.client.catalogue import delete_video
 from vstack.errors import DamagedData, VstackError
+from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.registers import PieceKey
 from vstack.node.disk import Disk
 from vstack.node.hints import read_hints
 from vstack.node.scan import Found
 from vstack.node.store import ChunkStore, Piece, PieceNotFound, Purpose
-from vstack.node.superblock import RECORD_HEADER_BYTES
+from vstack.node.superblock import FILE_HEADER_BYTES, RECORD_HEADER_BYTES
 
 LIMIT = 100_000
 
@@ -123,6 +127,119 @@ def test_the_latest_superblock_is_never_removed(tmp_path: Path) -> None:
     compact(store)
     assert numbers(tmp_path) == [2]
     assert contents(store) == {key_of(1): big(1).payload}
+    store.close()
+
+
+# The latest superblock
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So much less than in earnest is worth a new superblock."""
+    monkeypatch.setattr("vstack.node.compaction.RENEW_BYTES", 50_000)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_space_of_the_latest_superblock_comes_back_too(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=10 << 20)
+    store.put([big(n) for n in range(10)])
+    before = store.stats()
+    store.delete([key_of(n) for n in range(0, 10, 2)])
+    compact(store)
+    after = store.stats()
+    assert numbers(tmp_path) == [2]
+    assert contents(store) == {key_of(n): big(n).payload for n in range(1, 10, 2)}
+    written = sum(store.superblock_sizes().values())
+    assert written == after.file_bytes - after.preallocated_bytes < 0.55 * before.file_bytes
+    assert figures(after) == recount(tmp_path)
+    assert store.compaction.step() == 0
+    store = reopened_without_index(tmp_path, store)
+    assert contents(store) == {key_of(n): big(n).payload for n in range(1, 10, 2)}
+    store.close()
+
+
+@pytest.mark.usefixtures("small")
+def test_when_all_of_the_latest_superblock_is_dead_a_header_is_left(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=10 << 20)
+    store.put([big(n) for n in range(10)])
+    store.delete([key_of(n) for n in range(10)])
+    sequence = store._index.next_sequence
+    compact(store)
+    assert numbers(tmp_path) == [2]
+    assert store.stats().file_bytes == FILE_HEADER_BYTES
+    assert store.stats().tombstones == 0
+    store = reopened_without_index(tmp_path, store)
+    assert store._index.next_sequence == sequence, "no sequence number is given twice"
+    assert store.list() == []
+    assert outcomes(store, [big(1)]) == ["stored"]
+    store.close()
+
+
+def test_a_little_dead_space_is_no_reason_for_a_new_superblock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path, superblock_bytes=10 << 20)
+    store.put([big(n) for n in range(20)])
+    store.delete([key_of(0), key_of(1)])
+    compact(store)
+    assert numbers(tmp_path) == [1], "64 MiB are not dead"
+    monkeypatch.setattr("vstack.node.compaction.RENEW_BYTES", 20_000)
+    compact(store)
+    assert numbers(tmp_path) == [1], "nor is a quarter"
+    store.delete([key_of(n) for n in range(2, 6)])
+    compact(store)
+    assert numbers(tmp_path) == [2]
+    store.close()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_sealed_superblock_that_is_the_latest_is_compacted_too(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=10 << 20)
+    store.put([big(n) for n in range(10)])
+    store.delete([key_of(n) for n in range(5)])
+    abandon(store)
+    store = open_store(tmp_path, superblock_bytes=10 << 20)
+    compact(store)
+    assert numbers(tmp_path) == [2]
+    assert contents(store) == {key_of(n): big(n).payload for n in range(5, 10)}
+    store.close()
+
+
+@pytest.mark.usefixtures("small")
+def test_no_superblock_is_removed_when_the_one_after_it_could_not_be_made(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    store = open_store(tmp_path, disk, superblock_bytes=10 << 20)
+    store.put([big(n) for n in range(10)])
+    store.delete([key_of(n) for n in range(10)])
+    disk.errors["sync_folder"] = errno.ENOSPC
+    compact(store)
+    compact(store)
+    assert numbers(tmp_path) == [1]
+    assert outcomes(store, [big(20)]) == ["full"]
+    compact(store)
+    assert numbers(tmp_path) == [1], "its header alone says where the sequence numbers go on"
+    disk.errors.clear()
+    compact(store)
+    assert len(numbers(tmp_path)) == 1
+    assert numbers(tmp_path) != [1]
+    assert figures(store.stats()) == recount(tmp_path)
+    store.close()
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_given_back_is_what_the_files_have_become_smaller_by(tmp_path: Path) -> None:
+    store = open_store(tmp_path, superblock_bytes=LIMIT)
+    store.put([big(n) for n in range(40)])
+    store.delete([key_of(n) for n in range(40) if n % 3])
+    before = store.superblock_sizes()
+    dead = store.stats().dead_bytes
+    compact(store)
+    after = store.superblock_sizes()
+    smaller = sum(before.values()) - sum(after.values())
+    headers = FILE_HEADER_BYTES * len(after.keys() - before.keys())
+    hints = 3 * 160 * 100  # at most three times for each of less than a hundred records
+    assert 0 <= store.compaction.reclaimed - smaller <= headers + hints
+    assert store.compaction.reclaimed > 0.8 * dead
     store.close()
 
 
@@ -525,3 +642,28 @@ def test_uploads_stop_first_then_repair_then_demotion_and_compaction_makes_room(
     compact(store)
     assert outcomes(store, [piece_of(9999, bytes(10_000))]) == ["stored"]
     store.close()
+
+
+def test_a_node_that_stores_little_gives_the_space_of_a_deleted_video_back(tmp_path: Path) -> None:
+    async def work(mesh: MeshClient) -> None:
+        await set_policy(mesh)
+        kept, data = await put(mesh, tmp_path, 20 << 20)
+        gone, _ = await put(mesh, tmp_path, 80 << 20)
+        (member,) = mesh.members
+        before = (await mesh.status(member.node)).store
+        assert before["file_bytes"] > 100 << 20
+        await delete_video(mesh, gone)
+
+        async def is_given_back() -> bool:
+            now = (await mesh.status(member.node)).store
+            return now["file_bytes"] - now["preallocated_bytes"] < 22 << 20
+
+        await eventually(is_given_back)
+        now = (await mesh.status(member.node)).store
+        assert now["reclaimed_bytes"] > 80 << 20
+        assert now["compacted_bytes"] > 100 << 20
+        assert now["payload_bytes"] == len(data)
+        assert await content(mesh, kept, tmp_path) == data
+
+    with running_mesh(tmp_path / "mesh", 1) as mesh:
+        with_client(mesh, work)

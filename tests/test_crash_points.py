@@ -83,6 +83,33 @@ def put_delete_seal_compact(run: Run) -> None:
         store.close()
 
 
+def give_the_latest_back(run: Run) -> None:
+    """The space of a superblock that still takes records comes back: with what lives in it, with nothing
+    in it, and after an end that left it sealed."""
+    ledger = run.ledger
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vstack.node.compaction.RENEW_BYTES", 5000)
+        store = open_store(run.folder, run.disk, superblock_bytes=1 << 20)
+        with ending(store):
+            ledger.put(store, [piece_of(n, bytes([n]) * 4000) for n in range(1, 6)])
+            ledger.delete(store, [key_of(2), key_of(4)])
+            compact(store)
+            ledger.put(store, [piece_of(6, b"after")])
+            ledger.delete(store, [key_of(1), key_of(3), key_of(5), key_of(6)])
+            compact(store)
+            store.close()
+        store = open_store(run.folder, run.disk, superblock_bytes=1 << 20)
+        with ending(store):
+            ledger.put(store, [piece_of(2, b"again"), piece_of(7, b"x" * 9000)])
+            ledger.delete(store, [key_of(7)])
+        abandon(store)
+        store = open_store(run.folder, run.disk, superblock_bytes=1 << 20)
+        with ending(store):
+            compact(store)
+            ledger.put(store, [piece_of(8)])
+            store.close()
+
+
 def nothing(run: Run) -> None:
     """The store begins empty."""
 
@@ -192,7 +219,11 @@ def check(run: Run) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
     ("before", "work", "least"),
-    [(nothing, put_delete_seal_compact, 100), (lose_an_index, rebuild, 20)],
+    [
+        (nothing, put_delete_seal_compact, 100),
+        (nothing, give_the_latest_back, 60),
+        (lose_an_index, rebuild, 20),
+    ],
 )
 def test_stopped_at_any_point_the_store_keeps_what_it_acknowledged(
     quick: Path, before: Work, work: Work, least: int, loss: str

@@ -2,7 +2,8 @@
 
 It decides which superblock is worth it, and when one may go. A sealed superblock is compacted when a quarter
 of it is dead, or at once when it holds something unknown: it was retired, or has damaged records. (As long
-as it stays, no tombstone may go.) The one with the highest number never is.
+as it stays, no tombstone may go.) The one with the highest number never is; when as much of that is dead,
+and it is worth the while, another one is opened, so that a node with little to store gets its space back too.
 
 Steps, each of which a crash may interrupt without loss:
 
@@ -37,7 +38,7 @@ from vstack.node.files import OpenFiles
 from vstack.node.hints import read_hints
 from vstack.node.index import Index
 from vstack.node.log import Log, Write
-from vstack.node.pieces import StoreFull
+from vstack.node.pieces import StoreFull, WriteFailed
 from vstack.node.room import Purpose
 from vstack.node.rows import PieceRow, SuperblockState, TombstoneRow
 from vstack.node.scan import Found, scan
@@ -54,6 +55,8 @@ from vstack.node.update import Update
 log = logging.getLogger(__name__)
 
 DEAD_SHARE = 0.25
+RENEW_BYTES = 64 << 20
+"""That must be dead in the latest superblock before another one is opened in its place."""
 
 _STEP_BYTES = 4 << 20
 _STEP_RECORDS = 1000
@@ -76,6 +79,8 @@ class Compaction:
         """Superblocks whose compaction ended in an error: not tried again until the next start."""
         self.stuck = False
         """The last one found no room for its copies. It is tried again with the next step."""
+        self.reclaimed = 0
+        """Bytes given back since the start: of superblocks removed, less what was copied."""
         self._disk = disk
         self._folder = folder
         self._index = index
@@ -92,8 +97,7 @@ class Compaction:
                 continue
             if state.given_up:
                 continue
-            size = max(state.watermark - FILE_HEADER_BYTES, 1)
-            dead = 1.0 if state.holds_unknown else state.dead_bytes / size
+            dead = 1.0 if state.holds_unknown else _dead_share(state)
             if (dead >= DEAD_SHARE or not state.live_bytes) and dead >= share:
                 best, share = number, dead
         return best
@@ -104,8 +108,11 @@ class Compaction:
         Errors are logged, and end the compaction of that superblock. Raises IndexDamaged.
         """
         if self._steps is None:
+            if self._log.read_only:
+                return 0
+            self._renew()
             number = self.candidate()
-            if number is None or self._log.read_only:
+            if number is None:
                 return 0
             self._steps = self._compact(number)
         done = next(self._steps, None)
@@ -113,6 +120,25 @@ class Compaction:
             self._steps = None
             return 0 if self.stuck else self.step()
         return done
+
+    def _renew(self) -> None:
+        """Opens another superblock if the latest one is worth compacting."""
+        try:
+            with self._lock:
+                state = self._index.superblocks.get(self._log.highest)
+                if state is None or self._log.highest in self.failed or state.given_up:
+                    return
+                if state.dead_bytes < RENEW_BYTES or _dead_share(state) < DEAD_SHARE:
+                    return
+                log.info("superblock %d: %d bytes of it are dead", self._log.highest, state.dead_bytes)
+                self._log.renew()
+        except StoreFull as error:
+            if not self.stuck:
+                log.error("no other superblock can be opened now: %s", error)
+            self.stuck = True
+        except WriteFailed as error:
+            self.failed.add(self._log.highest)
+            log.error("no other superblock was opened: %s", error)
 
     def _compact(self, number: int) -> Iterator[int]:
         """Yields after each step the bytes it read, at least 1."""
@@ -192,6 +218,7 @@ class Compaction:
             view = Update(self._index)
             copies = [c for c in copies if _is_needed(view, self._row(c.record.key), number, c.offset)]
             self._log.append(copies, Purpose.UPKEEP)
+        self.reclaimed -= sum(copy.record.size for copy in copies if copy.error is None)
         for copy in copies:
             if copy.error is not None:
                 raise copy.error
@@ -215,6 +242,7 @@ class Compaction:
         self._disk.unlink(superblock_path(self._folder, number))
         self._files.forget(number)
         self._disk.sync_folder(self._folder)
+        self.reclaimed += state.watermark
         with self._lock:
             update = Update(self._index)
             update.remove_superblock(number)
@@ -234,6 +262,11 @@ class Compaction:
             update = Update(self._index)
             update.quarantine(key, row)
             update.commit(self._index.next_sequence)
+
+
+def _dead_share(state: SuperblockState) -> float:
+    """Of its records, 0 to 1."""
+    return state.dead_bytes / max(state.dead_bytes + state.live_bytes, 1)
 
 
 def _is_needed(update: Update, row: PieceRow | TombstoneRow | None, number: int, offset: int) -> bool:

@@ -93,6 +93,8 @@ class Index:
         }
         self.quarantined = {key[1:]: PieceRow.unpack(value) for key, value in self._rows(b"q", b"q")}
         """By packed key. In memory: there are few, and every lookup needs them."""
+        self.found_damaged = 0
+        """Pieces put in quarantine since it was opened."""
 
     def may_know(self, key: bytes) -> bool:
         """False if there is certainly no row of the key. Saves an index that is being made most lookups."""

@@ -62,6 +62,8 @@ class Log:
         self._keep_free = {purpose: keep_free(purpose, reserve, limit) for purpose in Purpose}
         self._index = opened.index
         self._highest = opened.highest
+        self._tried = opened.highest
+        """The highest number that a superblock was to get, whether it could be made or not."""
         self._sequence = opened.next_sequence
         self._failures = 0
         self._broken: WriteFailed | None = None
@@ -104,6 +106,25 @@ class Log:
             self._broken = WriteFailed(f"{error}; restart the node")
             for write in writes:
                 write.error = write.error or self._broken
+
+    def renew(self) -> None:
+        """Opens another superblock, which has no more than its header until a record comes. The latest one is
+        closed first, if it is not yet; from then on it may be compacted. Raises VstackError."""
+        if self._broken is not None:
+            raise self._broken
+        update = Update(self._index)
+        try:
+            self._seal(update)
+            try:
+                self._open(update)
+            finally:
+                update.commit(self._sequence, sync=True)
+        except OSError as error:
+            self._note(error)
+            raise _as_store_error(error) from error
+        except IndexWriteFailed as error:
+            self._broken = WriteFailed(f"{error}; restart the node")
+            raise
 
     def retire_active(self) -> None:
         """The active superblock takes no more records, because reading from it failed. Raises
@@ -152,12 +173,16 @@ class Log:
         if active is not None and active.end > FILE_HEADER_BYTES and self._is_full(active, size):
             self._flush(update, staged)
             self._seal(update)
-        if self._active is None:
-            self._highest += 1
-            header = FileHeader(self._node, self._highest, self._sequence, new_salt())
-            self._active = Appender.create(self._disk, self._folder, header)
-            self._hints = hints.Hints()
-            update.open_superblock(header.number, SuperblockState(header.salt))
+        return self._active or self._open(update)
+
+    def _open(self, update: Update) -> Appender:
+        """A new superblock. Raises OSError."""
+        self._tried += 1
+        header = FileHeader(self._node, self._tried, self._sequence, new_salt())
+        self._active = Appender.create(self._disk, self._folder, header)
+        self._highest = header.number
+        self._hints = hints.Hints()
+        update.open_superblock(header.number, SuperblockState(header.salt))
         return self._active
 
     def _is_full(self, active: Appender, size: int) -> bool:

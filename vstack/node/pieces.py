@@ -141,6 +141,8 @@ class StoreStats(NamedTuple):
     """Found by scans at start, and the pieces in quarantine."""
     quarantined: int
     """Pieces found damaged by a read, `verify`, the scrub or compaction, and not yet written anew."""
+    found_damaged: int
+    """Times that a piece was put in quarantine since the start."""
     read_only: bool
     """No writes are taken until the next start: the disk or the index failed too often."""
     start: StartReport

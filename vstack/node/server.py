@@ -330,7 +330,14 @@ class Node:
             address = self.settings.advertise
             here = {address: reachable_here(self.settings.listen)}
             self._keeping = Keeping(
-                self.me, self.votes.boot, address, here, self.settings.keys, self.store, sight
+                self.me,
+                self.votes.boot,
+                address,
+                here,
+                self.settings.keys,
+                self.store,
+                sight,
+                self._workers.refresh,
             )
 
     def _met_somebody(self) -> bool:

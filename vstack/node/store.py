@@ -310,6 +310,7 @@ class ChunkStore:
                 read_only_superblocks=sum(state.retired for state in states),
                 damaged_records=sum(state.damaged for state in states) + quarantined,
                 quarantined=quarantined,
+                found_damaged=self._index.found_damaged,
                 read_only=self._log.read_only,
                 start=self._report,
             )

@@ -24,6 +24,7 @@ class Update:
         self._index = index
         self._states = dict(index.superblocks)
         self._quarantined = index.quarantined
+        self._found_damaged = 0
         self._changed: set[int] = set()
         self._rows: dict[bytes, PieceRow | TombstoneRow | None] = {}
         """The only row of each key that was looked at, quarantined ones included."""
@@ -83,6 +84,7 @@ class Update:
         self._forget(key, row)
         self._quarantined = {**self._quarantined, key: row}
         self._put(key, row)
+        self._found_damaged += 1
 
     def drop_if_useless(self, key: bytes) -> None:
         """Drops the tombstone of the key, if there is one and it no longer matters."""
@@ -146,6 +148,7 @@ class Update:
             self._index.superblocks = states
             raise
         self._index.quarantined = self._quarantined
+        self._index.found_damaged += self._found_damaged
         self._index.next_sequence = next_sequence
 
     def _row(self, key: bytes) -> PieceRow | TombstoneRow | None:

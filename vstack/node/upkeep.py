@@ -51,6 +51,8 @@ class UpkeepStats(NamedTuple):
     """Removed, after what was live in them had been copied."""
     compacted_bytes: int
     """That these superblocks had taken: dead records, and what was copied."""
+    reclaimed_bytes: int
+    """What that has given back: `compacted_bytes` less what was copied, by those under way too."""
 
 
 class Upkeep:
@@ -96,6 +98,7 @@ class Upkeep:
             *report,
             self._compacted,
             self._compacted_bytes,
+            self._store.compaction.reclaimed,
         )
 
     def _loop(self) -> None:
@@ -136,4 +139,5 @@ class Upkeep:
         for number in sizes.keys() - self._store.superblock_sizes().keys():
             self._compacted += 1
             self._compacted_bytes += sizes[number]
+            read = max(read, 1)  # that, too, is something to tell
         return read + scrub.step(seconds, hurry=self._hastened)

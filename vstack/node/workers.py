@@ -72,7 +72,7 @@ class PieceWorkers:
         self._done: deque[Done] = deque()
         self._closing = False
         self.figures = store.stats()
-        """As they were after the last commit: asking the store itself would wait for its fsync."""
+        """As they were after the last change: asking the store itself would wait for its fsync."""
         self._threads = [
             threading.Thread(target=self._write_loop, name="writer", daemon=True),
             threading.Thread(target=self._survey_loop, name="surveyor", daemon=True),
@@ -82,7 +82,7 @@ class PieceWorkers:
         ]
         for thread in self._threads:
             thread.start()
-        self._upkeep = Upkeep(store, self._is_busy, self._look)
+        self._upkeep = Upkeep(store, self._is_busy, self.refresh)
 
     def submit(self, request: Incoming) -> None:
         """Takes a PutPiece, GetPiece, GetInventory or GetUsage request."""
@@ -100,6 +100,10 @@ class PieceWorkers:
     def hasten_scrub(self) -> None:
         """As `Upkeep.hasten_scrub`."""
         self._upkeep.hasten_scrub()
+
+    def refresh(self) -> None:
+        """Takes the store's figures anew. From any thread; may wait for a commit."""
+        self.figures = self._store.stats()
 
     def upkeep_figures(self) -> UpkeepStats:
         """As `Upkeep.figures`."""
@@ -123,9 +127,6 @@ class PieceWorkers:
 
     def _is_busy(self) -> bool:
         return bool(self._puts or self._gets)
-
-    def _look(self) -> None:
-        self.figures = self._store.stats()
 
     # -- threads ----------------------------------------------------------------------------------
 
@@ -173,7 +174,7 @@ class PieceWorkers:
                 for request in batch:
                     self._finish(request, failure(e))
                 continue
-            self._look()
+            self.refresh()
             for i, request in enumerate(batch):
                 result = results[i]
                 if result.error is not None:
@@ -190,6 +191,8 @@ class PieceWorkers:
                     found = self._store.read(piece_key(m.key), m.offset, m.length)
                 except (VstackError, OSError) as e:
                     self._finish(request, failure(e))
+                    if isinstance(e, DamagedData):
+                        self.refresh()
                 except Exception as e:  # one bad read must not end the thread
                     log.exception("a read failed")
                     self._finish(request, failure(e))
@@ -227,6 +230,8 @@ class PieceWorkers:
                     return
             (found,) = self._store.inventory([piece_key(key)], verify=verify, within=m.verified_within or 0)
             held.append(Held(found.state, found.sha256))
+            if verify and found.state == "quarantined":
+                self.refresh()
         self._finish(request, Inventory(tuple(held)))
 
     def _let_readers_go_first(self) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic, time
 from typing import Any
 
@@ -42,8 +42,10 @@ class Keeping:
         keys: NodeKeys | None,
         store: ChunkStore,
         sight: Sight,
+        changed: Callable[[], None],
     ) -> None:
-        """`address` is the one that this node is known by; `address_map` says where that is dialled here."""
+        """`address` is the one that this node is known by; `address_map` says where that is dialled here.
+        `changed` is called, in another thread, after pieces were dropped."""
         self._node = node
         self._boot = boot
         self._address = address
@@ -51,6 +53,7 @@ class Keeping:
         self._key = None if keys is None else ClientKey("keeper", keys.mesh.pair.public, keys.own)
         self._store = store
         self._sight = sight
+        self._changed = changed
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._keeper: Keeper | None = None
@@ -109,10 +112,14 @@ class Keeping:
         self._keeper, self._collector = keeper, collector
         tasks = [asyncio.create_task(keeper.run()), asyncio.create_task(collector.run())]
         stop = asyncio.create_task(self._stop.wait())
+        dropped = 0
         try:
             while not stop.done() and not any(t.done() for t in tasks):
                 await asyncio.wait([stop, *tasks], timeout=FIGURES_EVERY, return_when=asyncio.FIRST_COMPLETED)
                 self.figures = keeper.state() | collector.state()
+                if collector.figures["gc_dropped"] != dropped:
+                    dropped = collector.figures["gc_dropped"]
+                    await asyncio.to_thread(self._changed)
         finally:
             for task in (stop, *tasks):
                 task.cancel()
