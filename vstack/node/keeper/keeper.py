@@ -441,7 +441,14 @@ class Keeper:
                     self._busy -= 1
                 self._count(queued, mended)
 
+        before = Counter(self.figures)
         await asyncio.gather(*(hand() for _ in range(HANDS)))
+        done = self.figures - before
+        words = ", ".join(
+            f"{n} ({r})" for r in map(str.lower, Reason.__members__) if (n := done[f"chunks_{r}"])
+        )
+        if words:
+            log.info("chunks brought into order: %s; %d bytes written", words, done["bytes_written"])
 
     def _count(self, queued: Queued, mended: Mended) -> None:
         self._work_bytes += queued.size
