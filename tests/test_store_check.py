@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.store_helpers import abandon, key_of, open_store, piece_of, superblocks
-from vstack.errors import UsageError
+from vstack.errors import DamagedData, UsageError
 from vstack.node.check import check
 from vstack.node.disk import Disk
-from vstack.node.superblock import RECORD_HEADER_BYTES
+from vstack.node.store import ChunkStore
+from vstack.node.superblock import RECORD_HEADER_BYTES, superblock_path
 
 
 def fill(folder: Path, *, clean: bool = True) -> None:
@@ -43,6 +44,12 @@ def flip(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def place_of(store: ChunkStore, folder: Path, number: int) -> tuple[Path, int]:
+    row = store._index.piece(key_of(number).pack())
+    assert row is not None
+    return superblock_path(folder / "superblocks", row.superblock), row.offset
+
+
 @pytest.mark.parametrize("clean", [True, False])
 def test_a_sound_store_is_found_sound_and_nothing_is_changed(tmp_path: Path, clean: bool) -> None:
     fill(tmp_path, clean=clean)
@@ -64,6 +71,48 @@ def test_damage_is_named_and_the_index_is_not_blamed_for_it(tmp_path: Path) -> N
     assert "superblock 2 at 4096: piece" in report.problems[0]
     assert report.pieces == 34
     assert report.index == "agrees with the superblocks"
+
+
+@pytest.mark.parametrize("where", ["payload", "header"])
+@pytest.mark.parametrize("fate", ["written anew", "deleted", "in quarantine"])
+def test_a_damaged_record_is_damage_as_long_as_something_needs_it(
+    tmp_path: Path, where: str, fate: str
+) -> None:
+    store = open_store(tmp_path)
+    store.put([piece_of(n, bytes([n]) * 9000) for n in range(10)])
+    path, offset = place_of(store, tmp_path, 3)
+    flip(path, offset + (RECORD_HEADER_BYTES + 50 if where == "payload" else 20))
+    with pytest.raises(DamagedData):
+        store.verify(key_of(3))
+    if fate == "written anew":
+        store.put([piece_of(3, bytes([3]) * 9000)])
+    if fate == "deleted":
+        store.delete([key_of(3)])
+    store.close()
+    report = check(tmp_path)
+    assert report.index == "agrees with the superblocks"
+    if fate == "in quarantine":
+        assert (len(report.problems), report.dead_damage, report.quarantined) == (1, 0, 1)
+    else:
+        assert (report.problems, report.dead_damage, report.quarantined) == ([], 1, 0)
+    shutil.rmtree(tmp_path / "index")
+    report = check(tmp_path)
+    needed = fate == "in quarantine" or where == "header"  # without its header, who can tell
+    assert (len(report.problems), report.dead_damage) == ((1, 0) if needed else (0, 1))
+
+
+def test_a_damaged_tombstone_is_damage(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.put([piece_of(n, bytes([n]) * 9000) for n in range(4)])
+    store.delete([key_of(2)])
+    row = store._index.tombstone(key_of(2).pack())
+    assert row is not None
+    store.put([piece_of(9)])
+    store.close()
+    flip(superblocks(tmp_path)[0], row.offset + 20)
+    report = check(tmp_path)
+    assert len(report.problems) == 1
+    assert report.dead_damage == 0
 
 
 def test_a_superblock_without_a_header_is_damage(tmp_path: Path) -> None:
@@ -124,10 +173,15 @@ def test_the_commands_say_what_they_found_and_end_accordingly(tmp_path: Path) ->
     done = run(data, "--check")
     assert (done.returncode, done.stderr) == (0, "")
     assert "damage         none" in done.stdout
-    flip(superblocks(data / "store")[0], 4096 + RECORD_HEADER_BYTES + 50)
+    flip(superblocks(data / "store")[0], 4096 + RECORD_HEADER_BYTES + 50)  # a piece that was deleted
+    done = run(data, "--check")
+    assert done.returncode == 0
+    assert "damaged, dead  1 record" in done.stdout
+    assert "damage         none" in done.stdout
+    flip(superblocks(data / "store")[1], 4096 + RECORD_HEADER_BYTES + 50)
     done = run(data, "--check")
     assert done.returncode == 1
-    assert "superblock 1 at 4096" in done.stdout
+    assert "superblock 2 at 4096" in done.stdout
     before = (data / "store" / "index" / "IDENTITY").read_text()
     done = run(data, "--rebuild-index")
     assert done.returncode == 0
@@ -135,7 +189,7 @@ def test_the_commands_say_what_they_found_and_end_accordingly(tmp_path: Path) ->
     assert (data / "store" / "index" / "IDENTITY").read_text() != before
     store = open_store(data / "store")
     assert not store.stats().start.rebuilt
-    assert len(store.list()) == 35
+    assert len(store.list()) == 35  # hints say what was written, the scrub what has become of it
     store.close()
 
 

@@ -3,14 +3,17 @@
 It decides what is damage and what is not. Damage: a record that is not whole though another follows, a
 superblock without a header, a row of the index that points to something else than its piece, a piece below a
 watermark that has no row. No damage: an unfinished write at an end, hints that are not good, an index that
-is missing or behind; the next start sees to them.
+is missing or behind; the next start sees to them. Nor is a damaged record that nothing needs any more: its
+piece was written anew or deleted since. It is counted, and goes when its superblock is compacted.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +23,7 @@ from vstack.mesh.registers import PieceKey
 from vstack.node.disk import Disk
 from vstack.node.hints import read_hints
 from vstack.node.index import Index, IndexDamaged
-from vstack.node.rows import PieceRow
+from vstack.node.rows import PieceRow, TombstoneRow
 from vstack.node.scan import Damage, Found, Tail, scan
 from vstack.node.superblock import (
     FILE_HEADER_BYTES,
@@ -45,6 +48,21 @@ class _Place(NamedTuple):
     kind: int
 
 
+class _Damaged(NamedTuple):
+    """Bytes of a superblock that hold no whole record."""
+
+    superblock: int
+    offset: int
+    end: int
+    record: Record | None
+    """Of the record, if its header is whole."""
+
+    @property
+    def what(self) -> str:
+        name = "record" if self.record is None else _piece(self.record.key)
+        return f"{name} damaged, {self.end - self.offset} bytes"
+
+
 @dataclass
 class CheckReport:
     """What was found. `problems` are sentences, one for each thing that is damaged."""
@@ -58,6 +76,8 @@ class CheckReport:
     """Sealed superblocks that a rebuild would have to scan."""
     index: str = "agrees with the superblocks"
     quarantined: int = 0
+    dead_damage: int = 0
+    """Damaged records that nothing needs any more."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -76,6 +96,7 @@ def check(folder: Path, progress: Callable[[int, int], None] | None = None) -> C
         run.report.index = "missing; the next start makes it anew"
     else:
         run.index(folder / "index")
+    run.sort_damage()
     return run.report
 
 
@@ -89,8 +110,10 @@ class _Check:
         self._total = sum(path.stat().st_size for path in folder.glob("*.vsb"))
         self._latest: dict[bytes, _Place] = {}
         self._lengths: dict[bytes, int] = {}
-        self._damaged: set[tuple[int, int]] = set()
-        """Where damage begins: (superblock, offset)."""
+        self._damaged: dict[int, list[_Damaged]] = {}
+        """By superblock, in order of offset."""
+        self._needed: set[_Damaged] | None = None
+        """Damage that rows of the index point into, or beyond what it has seen. None without an index."""
         self._unreadable: set[int] = set()
         """Superblocks without a header."""
 
@@ -112,15 +135,29 @@ class _Check:
                     case Found(offset, record):
                         self._record(number, offset, record)
                     case Damage(offset, length, damaged):
-                        self._damaged.add((number, offset))
-                        what = "record" if damaged is None else _piece(damaged.key)
-                        self._problem(number, offset, f"{what} damaged, {length} bytes")
+                        found = _Damaged(number, offset, offset + length, damaged)
+                        self._damaged.setdefault(number, []).append(found)
                     case Tail(_, torn, _):
                         self.report.torn_tails += torn
                 self._tell(start + item.offset)
             self._done = start + self._disk.size(fd)
         finally:
             self._disk.close(fd)
+
+    def sort_damage(self) -> None:
+        """Says of each damaged record whether anything needs it. Call it last."""
+        for number in sorted(self._damaged):
+            for damaged in self._damaged[number]:
+                if self._is_dead(damaged):
+                    self.report.dead_damage += 1
+                else:
+                    self._problem(number, damaged.offset, damaged.what)
+
+    def _is_dead(self, damaged: _Damaged) -> bool:
+        if self._needed is not None:
+            return damaged not in self._needed
+        latest = None if damaged.record is None else self._latest.get(damaged.record.key)
+        return latest is not None and damaged.record is not None and latest.sequence > damaged.record.sequence
 
     def index(self, folder: Path) -> None:
         """Compares the index with what was read."""
@@ -148,6 +185,7 @@ class _Check:
     def _compare(self, index: Index) -> None:
         wrong = 0
         behind = False
+        self._needed = self._needed_by(index)
         for key, row in index.pieces(b"", b""):
             place = self._latest.get(key)
             if place is None or (place.superblock, place.offset) != (row.superblock, row.offset):
@@ -155,7 +193,10 @@ class _Check:
                 if place is not None and (state is None or place.offset >= state.watermark):
                     behind = True
                     continue
-                if (row.superblock, row.offset) in self._damaged or row.superblock in self._unreadable:
+                if (
+                    self._damage_at(row.superblock, row.offset) is not None
+                    or row.superblock in self._unreadable
+                ):
                     continue  # reported already
                 wrong += 1
                 self._problem(
@@ -165,7 +206,7 @@ class _Check:
             state = index.superblocks.get(place.superblock)
             if state is None or place.offset >= state.watermark:
                 behind = True
-            elif place.kind == Kind.DATA and not self._is_known(index, key):
+            elif place.kind == Kind.DATA and not self._is_known(index, key, place.sequence):
                 wrong += 1
                 self._problem(place.superblock, place.offset, f"the index does not know {_piece(key)}")
         self.report.quarantined = len(index.quarantined)
@@ -174,9 +215,26 @@ class _Check:
         elif behind:
             self.report.index = "is behind the superblocks; the next start catches up"
 
-    def _is_known(self, index: Index, key: bytes) -> bool:
-        row: PieceRow | None = index.piece(key)
-        return row is not None or key in index.quarantined
+    def _needed_by(self, index: Index) -> set[_Damaged]:
+        rows: Iterator[tuple[bytes, PieceRow | TombstoneRow]] = itertools.chain(
+            index.pieces(b"", b""), index.quarantined.items(), index.tombstones()
+        )
+        needed = {self._damage_at(row.superblock, row.offset) for _, row in rows} if self._damaged else set()
+        for number, some in self._damaged.items():
+            state = index.superblocks.get(number)
+            needed |= {d for d in some if state is None or d.end > state.watermark}
+        return {damaged for damaged in needed if damaged is not None}
+
+    def _damage_at(self, number: int, offset: int) -> _Damaged | None:
+        some = self._damaged.get(number, [])
+        at = bisect_right(some, offset, key=lambda d: d.offset) - 1
+        return some[at] if at >= 0 and offset < some[at].end else None
+
+    def _is_known(self, index: Index, key: bytes, sequence: int) -> bool:
+        """Whether the index knows the piece, or that it was deleted (its tombstone may be damaged here)."""
+        deleted = index.tombstone(key)
+        known = index.piece(key) is not None or key in index.quarantined
+        return known or (deleted is not None and deleted.sequence > sequence)
 
     def _record(self, number: int, offset: int, record: Record) -> None:
         self.report.records += 1

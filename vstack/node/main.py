@@ -274,6 +274,8 @@ def look_after(options: dict[str, Any]) -> bool:
     size = f"{report.payload_bytes / 1e6:.1f} MB"
     print(f"pieces         {report.pieces}, {size}, {report.quarantined} quarantined")
     print(f"index          {report.index}")
+    if report.dead_damage:
+        print(f"damaged, dead  {report.dead_damage} records that nothing needs: they go with compaction")
     print("damage         " + (f"{len(report.problems)} places" if report.problems else "none"))
     return not report.problems
 
