@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from tests.keeper_sim.scene import GRACE, UNDELETE, Scene
 from vstack.mesh.config import group
-from vstack.mesh.registers import REPLICATED
+from vstack.mesh.registers import ERASURE, REPLICATED
+from vstack.node.keeper.plan import Nodes
 
 # -- schedules by hand ----------------------------------------------------------------------------
 
@@ -70,6 +73,44 @@ def test_a_piece_that_was_named_between_two_passes_has_its_whole_grace_again() -
         await asyncio.sleep(GRACE + 1)
         await fourth.collector.collect()
         assert not scene.has(new)
+
+    scene.play(schedule())
+
+
+def test_a_chunk_that_is_nearly_lost_is_not_switched_by_half() -> None:
+    scene = Scene(6)
+
+    async def schedule() -> None:
+        places = await scene.store(REPLICATED, scene.nodes[:3])
+        for place in places[:2]:
+            assert scene.world.spoil(scene.key_of(place), vanish=True)
+        for node in scene.nodes[3:]:
+            node.disk.full = True
+        node = scene.nodes[0]
+        mended = await node.mender.mend(scene.target, ERASURE, Nodes(scene.world.config.members), places[:2])
+        assert (mended.outcome, len(mended.closed)) == ("failed", 3)
+        assert scene.record.places == places
+
+    scene.play(schedule())
+
+
+def test_no_copy_is_given_up_for_others_that_nobody_has_looked_at() -> None:
+    scene = Scene(3)
+
+    async def schedule() -> None:
+        places = await scene.store(REPLICATED, scene.nodes)
+        for place in places[:2]:
+            assert scene.world.spoil(scene.key_of(place))
+        scene.world.change_members(lambda m: msgspec.structs.replace(m, draining=m.node == scene.nodes[2].id))
+        scene.nodes[2].look()
+        nodes = Nodes(scene.world.config.members)
+        mender = scene.nodes[0].mender
+        mended = await mender.mend(scene.target, REPLICATED, nodes)
+        assert (mended.outcome, mended.bad) == ("failed", [*places[:2]])
+        assert scene.record.places == places
+        assert (await mender.mend(scene.target, REPLICATED, nodes, mended.bad)).outcome == "done"
+        assert (await mender.mend(scene.target, REPLICATED, nodes)).outcome == "done"
+        assert scene.record.places == tuple(sorted(places[:2], key=lambda p: p.node))
 
     scene.play(schedule())
 

@@ -22,6 +22,7 @@ from vstack.mesh.config import NodeId, key_subject
 from vstack.mesh.mesh_client import Change
 from vstack.mesh.registers import (
     INIT_INDEX,
+    NO_NODE,
     ChunkRecord,
     Generation,
     PieceKey,
@@ -167,8 +168,13 @@ class Ledger:
         for video, upload, index in sorted({(h.key.video, h.key.upload, h.key.chunk) for h in lost}):
             version = self._version(video, upload, index)
             known = {u: r for u, i, r, _ in self.records(video) if i == index}.get(upload)
+            state = self.video(video)[1]
+            is_open = (
+                state is not None and state.state == "uploading" and upload == self.live_uploads(video)[0]
+            )
             for generation, puts in self._written[video, upload, index].items():
-                if generation.against == version and not self._would_do(known, puts, lost):
+                may_be_named = generation.against == version or (is_open and generation.node == NO_NODE)
+                if may_be_named and not self._would_do(known, puts, lost):
                     return False
         return True
 
@@ -189,6 +195,10 @@ class Ledger:
     def _version(self, video: str, upload: UploadId, index: int) -> int:
         key = video_key(video) if index == INIT_INDEX else chunk_key(video, upload, index)
         return self.registers.read(key).version
+
+    def _is_open(self, video: str, upload: UploadId) -> bool:
+        version, record = self.video(video)
+        return record is not None and record.state == "uploading" and upload_id(record, version) == upload
 
     def _would_do(self, known: ChunkRecord | None, puts: dict[Held, Scheme], lost: set[Held]) -> bool:
         """Whether the chunk could be read if a keeper that has written `puts` made the register name them."""
@@ -212,13 +222,16 @@ class Ledger:
     # -- events -----------------------------------------------------------------------------------
 
     def on_put(self, node: NodeId, key: PieceKey, scheme: Scheme, sha256: bytes) -> None:
+        """The node is given the piece, and acknowledges it: perhaps it is there already."""
         self.changes += 1
         known = self._hashes.setdefault(key, sha256)
         if known != sha256:
             self.fail("SAME KEY", f"two keepers wrote different bytes as {_show(key)}")
         held = Held(node, key)
         self._collected.discard(held)
-        self._spoilt.pop(held, None)
+        disk = self._disks.get(node)
+        if disk is None or disk.get(key) is None:
+            self._spoilt.pop(held, None)
         self._written[key.video, key.upload, key.chunk][key.generation][held] = scheme
 
     def on_spoil(self, victims: Collection[Held]) -> None:
@@ -230,7 +243,7 @@ class Ledger:
         """The holder deletes the piece now."""
         held = Held(node, key)
         video, now = key.video, self._now()
-        version, record = self.video(video)
+        version = self.video(video)[0]
         self._collected.add(held)
         if version == 0 or key.upload.version > version:
             self.fail("NAMED", f"{_show(key)} went, and no register says anything of its upload")
@@ -238,7 +251,7 @@ class Ledger:
         since = self._unnamed.get(held, float("-inf"))
         if key.upload not in live:
             since = min(since, self._over.get((video, key.upload), since))
-        elif record is not None and record.state == "uploading" and key.upload == live[0]:
+        elif self._is_open(video, key.upload):
             self.fail("NAMED", f"{_show(key)} of an open upload was collected on {node[:4]}")
             return
         elif held in self.named(video):
@@ -301,7 +314,7 @@ class Ledger:
         if video in self.before and self.before[video][0] not in (*live, *ended):
             self._over.setdefault((video, self.before[video][0]), self._now())
         state = None if new is None else new.state
-        if state == "deleted" and (old is None or old.state != "deleted"):
+        if state == "deleted" and (old is None or old.state not in ("deleted", "uploading")):
             self._deleted[video] = self._now()
         if state == "purging" and self._now() - self._deleted[video] < self._undelete - 1.0:
             self.fail("WINDOW", f"{video[:4]} was purged {self._now() - self._deleted[video]:.1f} s after")

@@ -9,7 +9,6 @@ from unittest.mock import patch
 
 from tests.keeper_sim.world import Parts
 
-
 REAL = Parts()
 
 

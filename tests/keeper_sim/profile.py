@@ -73,7 +73,7 @@ def draw(random: Random) -> Profile:
         undelete=random.choice((5, 15, 30)),
         videos=random.randint(1, 3),
         chunks=random.randint(1, 3),
-        seconds=random.choice((30.0, 60.0, 90.0)),
+        seconds=random.choice((20.0, 40.0, 60.0)),
         lag=random.choice((0.002, 0.02, 0.1)),
         loss=sometimes(0.1),
         unknown=sometimes(0.3),

@@ -32,7 +32,7 @@ from vstack.node.keeper.plan import ideal
 MOST_NODES = 9
 SETTLED_WITHIN = 900.0
 """Virtual seconds in which everything has to be in order, once nothing fails any more."""
-QUIET = 20.0
+QUIET = 8.0
 """Virtual seconds for which nothing may be changed after that."""
 
 
@@ -375,8 +375,9 @@ class World:
 
     async def settle(self) -> None:
         """Until everything is in order and stays so. Raises Violation."""
+        late = self.profile.late if self.profile.unknown else 0.0
         self.heal()
-        await asyncio.sleep(self.profile.late)
+        await asyncio.sleep(late)
         if not await self.until(lambda: self.disorder() == "", SETTLED_WITHIN):
             raise Violation(f"SETTLED at {self.now():.0f} s: {self.disorder()}")
         await asyncio.sleep(QUIET)

@@ -41,7 +41,7 @@ from vstack.mesh.registers import (
     video_key,
 )
 from vstack.node.keeper.budget import Budget
-from vstack.node.keeper.plan import Nodes, Reason, Work, plan, settled, sound
+from vstack.node.keeper.plan import Nodes, Reason, Work, alike, plan, settled, sound
 
 BUSY_TRIES = 20
 """How often a node that is busy is asked again before it counts as failed."""
@@ -207,18 +207,37 @@ class Mender:
         written = [p for p, ok in zip(every, took, strict=True) if ok and p in new]
         healed = sum(ok for p, ok in zip(every, took, strict=True) if p not in new)
         size = erasure.fragment_size(record.entry.size, work.scheme.k)
-        if work.reason is Reason.SWITCH and len(written) < len(new):
+        if not alike(record.scheme, work.scheme) and len(written) < len(new):
             done.outcome, done.why = "failed", "not all nodes took their pieces"
             return
         if every and not written:  # the register stays as it is
             done.outcome, done.why = ("done", "") if healed else ("failed", "no node took its piece")
             done.bytes_restored = healed * size
             return
+        relied_on = [p for p in work.keep if p.node not in nodes.gone]
+        if not every and not await self._are_there(target, record, relied_on, done):
+            done.outcome, done.why = "failed", "not all pieces that are to be relied on are there"
+            return
         places = settled(record, work, written)
         if await self._commit(target, found, ChunkRecord(record.entry, work.scheme, places)):
             done.outcome, done.bytes_restored = "done", (len(written) + healed) * size
         else:
             done.outcome = "overtaken"
+
+    async def _are_there(
+        self, target: Target, record: ChunkRecord, places: Sequence[Place], done: Mended
+    ) -> bool:
+        """Whether all of them are on their disks, verified now: others are given up for them."""
+        for place in places:
+            key = record.key(target.video, target.upload, place)
+            held = await self._patiently(
+                lambda place=place, key=key: self._mesh.inventory(  # type: ignore[misc]
+                    place.node, [key], verified_within=0, timeout=PIECE_TIMEOUT
+                )
+            )
+            if held[0].state != "present" or held[0].sha256 != place.sha256:
+                done.bad.append(place)
+        return not done.bad
 
     async def _payloads(
         self,

@@ -129,7 +129,24 @@ def plan(
             return _plan_same(video, record, record.scheme, ranked, open_to_writes, good, bad)
         reason = Reason.SWITCH if left >= min(1, record.scheme.m - record.scheme.k) else Reason.REPAIR
         return Work(reason, left, scheme, (), (), tuple(targets))
-    return _plan_same(video, record, scheme, ranked, open_to_writes, good, bad)
+    return _plan_same(video, record, scheme, ranked, open_to_writes, good, bad) or _plan_fewer(
+        record, scheme, nodes, good
+    )
+
+
+def _plan_fewer(record: ChunkRecord, scheme: Scheme, nodes: Nodes, good: Sequence[Place]) -> Work | None:
+    """There are as many copies as the mesh has room for, and the register names others besides: of nodes that
+    left, or are draining. Those of members that are silent may come back, and stay named."""
+    usable = {m.node for m in nodes.usable()}
+    silent = {m.node for m in nodes.members if not m.draining and m.node in nodes.gone}
+    staying = [p for p in good if p.node in usable]
+    if scheme.k > 1 or len(staying) < scheme.m:
+        return None
+    keep = [*staying, *(p for p in record.places if p.node in silent)]
+    fewer = Scheme(1, len(keep))
+    if record.scheme == fewer and len(record.places) == len(keep):
+        return None
+    return Work(Reason.MOVE, len(good) - 1, fewer, tuple(keep), (), ())
 
 
 def _plan_same(
@@ -210,7 +227,8 @@ def _assign(
     for piece in missing:
         now = [*taken, *(n for _, n in out)]
         if free:
-            node = free.pop(0)
+            node = min(free, key=now.count)
+            free.remove(node)
         elif (member := next_holder(ranked, now, closed)) is not None:
             node = member.node
         else:
