@@ -423,11 +423,15 @@ class Watch:
 
     def moved(self) -> float:
         """Bytes of pieces that its keeper has read and written."""
-        return self._keeper.get("bytes_read", 0.0) + self._keeper.get("bytes_written", 0.0)
+        return self.figure("bytes_read") + self.figure("bytes_written")
 
     def waiting(self) -> float:
         """Chunks that its keeper has to repair, those that it is at included."""
-        return self._keeper.get("queue_chunks", 0.0)
+        return self.figure("queue_chunks")
+
+    def figure(self, name: str) -> float:
+        """One of those of its keeper."""
+        return self._keeper.get(name, 0.0)
 
     async def __aenter__(self) -> Watch:
         if self._node:
