@@ -53,6 +53,7 @@ class FakeMesh:
         self.members: tuple[Member, ...] = ()
         self.register: ChunkRecord | None = None
         self.before: Callable[[str], Awaitable[None]] | None = None
+        self.estimates: dict[str, object] = {}
         self.record = self.stored(scheme, holders)
 
     def stored(self, scheme: Scheme, holders: str) -> ChunkRecord:
@@ -70,7 +71,7 @@ class FakeMesh:
         return [Held("quarantined", bytes(32)) for _ in keys]
 
     async def get_range(
-        self, node: str, key: PieceKey, offset: int, length: int, *, timeout: float
+        self, node: str, key: PieceKey, offset: int, length: int, *, timeout: float, check: bool = True
     ) -> tuple[memoryview, PieceData]:
         self.requests.append((node, key.piece, offset))
         piece = self.pieces.get((node, key.piece))

@@ -26,7 +26,7 @@ from vstack.local import LocalMesh
 from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.registers import ERASURE, REPLICATED
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(7200)]
 
 BASE = int(os.environ.get("VSTACK_SEED") or datetime.now(UTC).strftime("%Y%m%d00"))
 SHORT = 2

@@ -193,7 +193,8 @@ def test_an_unknown_node_is_expected_to_be_like_the_known_ones() -> None:
     s = BestHolder()
     assert s._rate(s._node("A"), 0.0) == PRIOR_RATE
     for node, rate in (("A", 4 * MB), ("B", 8 * MB)):
-        s._node(node).rate, s._node(node).measured = rate, 0.0
+        estimate = s._node(node).estimate
+        estimate.rate, estimate.measured = rate, 0.0
     assert s._rate(s._node("C"), 1.0) == 6 * MB
     assert s._rate(s._node("A"), 1.0) == 4 * MB
     assert s._rate(s._node("A"), 100.0) == PRIOR_RATE, "an old estimate is not believed"

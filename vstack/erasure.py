@@ -29,7 +29,7 @@ def encode(data: bytes, k: int, m: int) -> list[bytes]:
     return [bytes(b) for b in zfec.Encoder(k, m).encode(blocks)]
 
 
-def decode(fragments: Mapping[int, bytes], k: int, m: int, length: int) -> bytes:
+def decode(fragments: Mapping[int, bytes | memoryview], k: int, m: int, length: int) -> bytes:
     """The chunk of `length` bytes, from any k of its fragments by number. k = 1: from any copy.
 
     Raises DamagedData if there are fewer than k, or if their sizes are not that of a fragment. Says
@@ -41,7 +41,7 @@ def decode(fragments: Mapping[int, bytes], k: int, m: int, length: int) -> bytes
         raise DamagedData(f"{k} fragments of {size} bytes are needed, {len(whole)} are there")
     numbers = sorted(whole)[:k]  # the systematic ones first: they need no arithmetic
     if k == 1:
-        return whole[numbers[0]]
+        return bytes(whole[numbers[0]])
     blocks: list[bytes | memoryview] = [whole[i] for i in numbers]
     if numbers != list(range(k)):
         blocks = zfec.Decoder(k, m).decode(blocks, numbers)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import zlib
 from collections import deque
 from collections.abc import Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import NamedTuple
 
 from vstack import erasure
 from vstack.client.pieces import what
@@ -48,6 +50,13 @@ class FetchedChunk:
     """Blocks that a failed node had to leave to another."""
 
 
+class _Block(NamedTuple):
+    node: NodeId
+    data: memoryview
+    crc32: int
+    """As the node says. Looked at only if the piece turns out to be damaged: it tells whose block it was."""
+
+
 @dataclass(eq=False)
 class _Job:
     record: ChunkRecord
@@ -55,7 +64,7 @@ class _Job:
     began: float
     done: asyncio.Future[FetchedChunk]
     progress: float
-    blocks: dict[int, dict[int, memoryview]] = field(default_factory=dict)
+    blocks: dict[int, dict[int, _Block]] = field(default_factory=dict)
     """What has arrived, by piece and offset: the sockets' own memory, joined once the piece is whole."""
     sources: dict[int, dict[NodeId, int]] = field(default_factory=dict)
     """Bytes by piece and node."""
@@ -84,7 +93,7 @@ class ChunkFetcher:
         self._mesh = mesh
         self._video = video
         self._upload = upload
-        self._scheduler = scheduler or BestHolder()
+        self._scheduler = scheduler or BestHolder(mesh.estimates)
         self._jobs: dict[int, _Job] = {}
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -182,7 +191,9 @@ class ChunkFetcher:
             return
         key = record.key(self._video, self._upload, place)
         try:
-            data, info = await self._mesh.get_range(fetch.node, key, fetch.offset, fetch.length, timeout=10.0)
+            data, info = await self._mesh.get_range(
+                fetch.node, key, fetch.offset, fetch.length, timeout=10.0, check=False
+            )
             size = erasure.fragment_size(record.entry.size, record.scheme.k)
             if len(data) != fetch.length or info.total != size:
                 raise DamagedData(f"node {fetch.node[:8]} holds a piece of another size")
@@ -195,10 +206,11 @@ class ChunkFetcher:
             job.failed_at = job.failed_at or monotonic()
             self._scheduler.failed(fetch.number, monotonic(), gone=gone)
         else:
-            self._take(fetch, job, data)
+            self._take(fetch, job, _Block(fetch.node, data, info.crc32))
         self._wake.set()
 
-    def _take(self, fetch: Fetch, job: _Job, data: memoryview) -> None:
+    def _take(self, fetch: Fetch, job: _Job, block: _Block) -> None:
+        data = block.data
         self.bytes_received += len(data)
         if not self._scheduler.received(fetch.number, monotonic()):
             self.bytes_wasted += len(data)
@@ -207,7 +219,7 @@ class ChunkFetcher:
         if job.failed_at is not None:
             self.failover_times.append(job.progress - job.failed_at)
             job.failed_at = None
-        job.blocks.setdefault(fetch.piece, {})[fetch.offset] = data
+        job.blocks.setdefault(fetch.piece, {})[fetch.offset] = block
         source = job.sources.setdefault(fetch.piece, {})
         source[fetch.node] = source.get(fetch.node, 0) + len(data)
         self._finish_all()
@@ -223,23 +235,35 @@ class ChunkFetcher:
         """Checks the pieces, puts the chunk together, checks it."""
         record, entry = job.record, job.record.entry
         hashes = {place.piece: place.sha256 for place in record.places}
-        blocks = {n: sorted(job.blocks.get(n, {}).items()) for n in pieces}
+        blocks = {n: [b for _, b in sorted(job.blocks.get(n, {}).items())] for n in pieces}
 
-        def assemble() -> tuple[list[int], bytes, bool]:
-            parts = {n: b"".join(data for _, data in found) for n, found in blocks.items()}
-            bad = [n for n, part in parts.items() if hashlib.sha256(part).digest() != hashes[n]]
-            if bad:
-                return bad, b"", False
+        def check() -> dict[int, NodeId]:
+            """The damaged pieces, and who is to blame for each."""
+            bad: dict[int, NodeId] = {}
+            for n, found in blocks.items():
+                digest = hashlib.sha256()
+                for block in found:
+                    digest.update(block.data)
+                if digest.digest() != hashes[n]:
+                    liars = [b.node for b in found if zlib.crc32(b.data) != b.crc32]
+                    bad[n] = liars[0] if liars else max(job.sources[n], key=lambda x: job.sources[n][x])
+            return bad
+
+        def assemble() -> tuple[bytes, bool]:
+            parts = {
+                n: found[0].data if len(found) == 1 else b"".join(block.data for block in found)
+                for n, found in blocks.items()
+            }
             data = erasure.decode(parts, record.scheme.k, record.scheme.m, entry.size)
             # a copy that has its hash is the chunk, if the chunk's hash is the same
             known = record.scheme.k == 1 and hashes[pieces[0]] == entry.sha256
-            return bad, data, known or hashlib.sha256(data).digest() == entry.sha256
+            return data, known or hashlib.sha256(data).digest() == entry.sha256
 
-        bad, data, whole = await asyncio.to_thread(assemble)
+        # both at once: each takes as long as the other, and neither needs the interpreter
+        bad, (data, whole) = await asyncio.gather(asyncio.to_thread(check), asyncio.to_thread(assemble))
         if job.done.done():
             return
-        for n in bad:
-            worst = max(job.sources[n], key=lambda node: job.sources[n][node])
+        for n, worst in bad.items():
             self.failures.append((monotonic(), worst, f"piece {n} of {what(entry.index)} is damaged"))
             del job.blocks[n], job.sources[n]
             self._scheduler.reject(entry.index, n, worst)

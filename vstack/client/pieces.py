@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vstack import erasure
 from vstack.errors import BadInput, MeshUnavailable
@@ -45,6 +45,14 @@ class TooFewNodes(MeshUnavailable):
     """Not enough nodes took their pieces for any one of them to be expendable."""
 
 
+class Encoded(NamedTuple):
+    """The fragments of a chunk and their hashes."""
+
+    scheme: Scheme
+    pieces: list[bytes]
+    hashes: list[bytes]
+
+
 class PieceWriter:
     """Writes the pieces of a chunk to nodes, and to others where those fail."""
 
@@ -55,16 +63,24 @@ class PieceWriter:
         """Nodes that failed a write of this upload, and why."""
 
     async def write(
-        self, upload: UploadId, index: int, data: bytes, sha256: bytes, scheme: Scheme
+        self,
+        upload: UploadId,
+        index: int,
+        data: bytes,
+        sha256: bytes,
+        scheme: Scheme,
+        encoded: Encoded | None = None,
     ) -> tuple[Place, ...]:
-        """On disk, all of them, when this returns.
+        """On disk, all of them, when this returns. `encoded` is the chunk's own, if that is done already.
 
         Raises TooFewNodes if too few nodes took theirs, BadInput if a piece is over MAX_PIECE bytes.
         """
         if scheme.k == 1:
             pieces, hashes = [data] * scheme.m, [sha256] * scheme.m
+        elif encoded is not None and encoded.scheme == scheme:
+            pieces, hashes = encoded.pieces, encoded.hashes
         else:
-            pieces, hashes = await asyncio.to_thread(_encode, data, scheme)
+            pieces, hashes = await asyncio.to_thread(encode, data, scheme)
         if len(pieces[0]) > MAX_PIECE:
             raise BadInput(
                 f"{what(index)} has pieces of {len(pieces[0]) >> 20} MiB, over the bound of "
@@ -214,7 +230,7 @@ def what(index: int) -> str:
     return "the init segment" if index == INIT_INDEX else f"chunk {index}"
 
 
-def _encode(data: bytes, scheme: Scheme) -> tuple[list[bytes], list[bytes]]:
+def encode(data: bytes, scheme: Scheme) -> tuple[list[bytes], list[bytes]]:
     """The fragments and their hashes."""
     pieces = erasure.encode(data, scheme.k, scheme.m)
     return pieces, [hashlib.sha256(p).digest() for p in pieces]

@@ -32,7 +32,7 @@ PRIOR_RATE = 2e6
 PRIOR_RTT = 0.02
 FORGET = 30.0
 """Seconds after which an estimate is not believed any more."""
-MIN_BLOCK, MAX_BLOCK = 64 << 10, 512 << 10
+MIN_BLOCK, MAX_BLOCK = 64 << 10, 1 << 20
 MIN_SAMPLE = 16 << 10
 HALF_LIFE = 0.5
 """Seconds of service after which an old measurement weighs half."""
@@ -88,13 +88,20 @@ class Scheduler(Protocol):
 
 
 @dataclass(slots=True)
-class _Node:
+class Estimate:
+    """What was measured of a node; outlives the schedulers that measured it."""
+
     rate: float = 0.0
     """Bytes a second, smoothed; 0 if never measured. `bytes` / `busy` seconds, of late."""
     bytes: float = 0.0
     busy: float = 0.0
     rtt: float = PRIOR_RTT
     measured: float = -1e9
+
+
+@dataclass(slots=True)
+class _Node:
+    estimate: Estimate = field(default_factory=Estimate)
     last_byte: float = -1e9
     free_at: float = -1e9
     """When its last answer arrived: service begins there at the earliest."""
@@ -151,9 +158,11 @@ class _Request:
 class BestHolder:
     """The best known holder, then the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, estimates: dict[NodeId, Estimate] | None = None) -> None:
+        """`estimates` is what is known of nodes from before, and takes what is learned of them."""
         self.finished: list[tuple[int, tuple[int, ...]]] = []
         self.stuck: list[int] = []
+        self._estimates = {} if estimates is None else estimates
         self.failovers = 0
         """Blocks that were taken from a failed node and given to another."""
         self._nodes: dict[NodeId, _Node] = {}
@@ -302,24 +311,28 @@ class BestHolder:
     # -- what is known of the nodes ---------------------------------------------------------------
 
     def _node(self, node: NodeId) -> _Node:
-        return self._nodes.setdefault(node, _Node())
+        state = self._nodes.get(node)
+        if state is None:
+            estimate = self._estimates.setdefault(node, Estimate())
+            state = self._nodes[node] = _Node(estimate)
+        return state
 
     def _rate(self, state: _Node, now: float) -> float:
         """What is believed of this node; of one never measured: the mean of those that were."""
         if self._known(state, now):
-            return state.rate
-        rates = [n.rate for n in self._nodes.values() if self._known(n, now)]
+            return state.estimate.rate
+        rates = [n.estimate.rate for n in self._nodes.values() if self._known(n, now)]
         return sum(rates) / len(rates) if rates else PRIOR_RATE
 
     def _rtt(self, state: _Node, now: float) -> float:
         if self._known(state, now):
-            return state.rtt
-        rtts = [n.rtt for n in self._nodes.values() if self._known(n, now)]
+            return state.estimate.rtt
+        rtts = [n.estimate.rtt for n in self._nodes.values() if self._known(n, now)]
         return sum(rtts) / len(rtts) if rtts else PRIOR_RTT
 
     @staticmethod
     def _known(state: _Node, now: float) -> bool:
-        return state.rate > 0 and now - state.measured < FORGET
+        return state.estimate.rate > 0 and now - state.estimate.measured < FORGET
 
     def _finish(self, node: NodeId, size: int, now: float) -> float:
         """Seconds until `size` more bytes of this node would be here."""
@@ -331,9 +344,9 @@ class BestHolder:
 
     def _has_credit(self, node: NodeId, size: int, now: float) -> bool:
         state = self._node(node)
-        if not state.rate or state.failures:
+        if not self._known(state, now) or state.failures:
             return not state.requests
-        window = self._rate(state, now) * (state.rtt + 0.15) / size
+        window = self._rate(state, now) * (state.estimate.rtt + 0.15) / size
         return len(state.requests) < max(2, min(16, window))
 
     def _block_size(self, holders: Sequence[NodeId], now: float) -> int:
@@ -346,15 +359,16 @@ class BestHolder:
             state.owed -= fetch.length
         began = max(state.free_at, sent)
         busy = max(1e-4, now - began)
+        seen = state.estimate
         if fetch.length >= MIN_SAMPLE:
             # Weighed by time, so that of two answers that are handled in one go the second, which seems
             # to have taken none, does not make a slow node look fast.
             keep = 0.5 ** (busy / HALF_LIFE) if self._known(state, now) else 0.0
-            state.bytes = state.bytes * keep + fetch.length
-            state.busy = state.busy * keep + busy
-            state.rate = max(2000.0, state.bytes / state.busy)
-            state.measured = now
-        state.rtt += (min(0.5, max(0.0005, now - sent)) - state.rtt) * 0.1
+            seen.bytes = seen.bytes * keep + fetch.length
+            seen.busy = seen.busy * keep + busy
+            seen.rate = max(2000.0, seen.bytes / seen.busy)
+            seen.measured = now
+        seen.rtt += (min(0.5, max(0.0005, now - sent)) - seen.rtt) * 0.1
         state.free_at = state.last_byte = now
         state.failures = 0
         state.closed_until = -1e9

@@ -19,8 +19,8 @@ import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ import msgspec
 from vstack.client.catalogue import MAX_TITLE, Video, read_video
 from vstack.client.chunker import Chunk, CutRules, Ingest, ProofFailed, recipe
 from vstack.client.fetcher import holders
-from vstack.client.pieces import PieceWriter, TooFewNodes
+from vstack.client.pieces import Encoded, PieceWriter, TooFewNodes, encode
 from vstack.errors import BadInput, MeshUnavailable, VstackError
 from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.messages import Mismatch
@@ -215,6 +215,28 @@ class _Upload:
         self._writer = PieceWriter(mesh, video_id)
 
     async def run(self) -> tuple[Video, str]:
+        chunks = self.ingest.chunks()
+        first = asyncio.create_task(self._begin(chunks))  # goes on while the register is opened
+        try:
+            return await self._run(chunks, first)
+        finally:
+            await asyncio.wait({first})
+            if not first.cancelled():
+                first.exception()  # whoever needed the chunk has seen it
+            chunks.close()
+
+    async def _begin(self, chunks: Iterator[Chunk]) -> tuple[Chunk | None, Encoded | None]:
+        """The first chunk, and its fragments if it is to have some."""
+        chunk = await _next(chunks)
+        wanted = self.options.erasure or Scheme(*self.mesh.config.policy.erasure)
+        scheme = choose_scheme(wanted, len(self.mesh.members))
+        if chunk is None or scheme.k == 1 or self.options.redundancy == "replicated":
+            return chunk, None
+        return chunk, Encoded(scheme, *await asyncio.to_thread(encode, chunk.data, scheme))
+
+    async def _run(
+        self, chunks: Generator[Chunk], first: asyncio.Task[tuple[Chunk | None, Encoded | None]]
+    ) -> tuple[Video, str]:
         opened = None
         while opened is None:
             # One read gives both: what is there, and the version that a change of it has to name.
@@ -243,7 +265,7 @@ class _Upload:
         self._open, known = opened
         self.progress.stage, self.progress.done = "uploading", 0
         self.on_progress(self.progress)
-        entries, init, media = await self._store_chunks(self._open.upload, known)
+        entries, init, media = await self._store_chunks(self._open.upload, known, chunks, first)
         if _look(self.path) != self.was:
             raise BadInput(f"{self.path} was changed while it was being stored: store it when it is at rest")
         self.progress.stage = "finishing"
@@ -386,17 +408,21 @@ class _Upload:
     # -- the chunks -------------------------------------------------------------------------------
 
     async def _store_chunks(
-        self, upload: UploadId, known: dict[int, ChunkRecord]
+        self,
+        upload: UploadId,
+        known: dict[int, ChunkRecord],
+        chunks: Iterator[Chunk],
+        first: asyncio.Task[tuple[Chunk | None, Encoded | None]],
     ) -> tuple[list[ChunkEntry], InitPiece | None, Media]:
         assert self._open is not None
         scheme = self._scheme(self._open.record.wanted)
         entries: list[ChunkEntry] = []
         room = _Room(IN_FLIGHT_BYTES)
-        chunks = self.ingest.chunks()
         init: asyncio.Task[InitPiece | None] | None = None
-        with one_error(), closing(chunks):
+        with one_error():
             async with asyncio.TaskGroup() as group:
-                while (chunk := await _next(chunks)) is not None:
+                chunk, encoded = await first
+                while chunk is not None:
                     if init is None:
                         init = group.create_task(self._store_init(upload))
                     entries.append(chunk.entry)
@@ -409,9 +435,10 @@ class _Upload:
                             )
                         self.progress.resumed += 1
                         self._tell()
-                        continue
-                    await room.take(len(chunk.data))
-                    group.create_task(self._store_chunk(upload, chunk, scheme, room))
+                    else:
+                        await room.take(len(chunk.data))
+                        group.create_task(self._store_chunk(upload, chunk, scheme, room, encoded))
+                    chunk, encoded = await _next(chunks), None
         if init is None:
             raise BadInput(f"{self.path} holds nothing to store")
         return entries, init.result(), self.ingest.media
@@ -429,11 +456,15 @@ class _Upload:
         if text not in self.warnings:
             self.warnings.append(text)
 
-    async def _store_chunk(self, upload: UploadId, chunk: Chunk, scheme: Scheme, room: _Room) -> None:
+    async def _store_chunk(
+        self, upload: UploadId, chunk: Chunk, scheme: Scheme, room: _Room, encoded: Encoded | None
+    ) -> None:
         entry, wanted = chunk.entry, scheme
         try:
             try:
-                places = await self._writer.write(upload, entry.index, chunk.data, entry.sha256, scheme)
+                places = await self._writer.write(
+                    upload, entry.index, chunk.data, entry.sha256, scheme, encoded
+                )
             except TooFewNodes:
                 if scheme.k == 1:
                     raise

@@ -16,10 +16,14 @@ from vstack.errors import VstackError
 from vstack.mesh.config import NodeId, View
 from vstack.mesh.messages import Found, List, Listing, Op, Outcome, Row, Scan, ScanReply, Value
 from vstack.mesh.paxos.proposer import Proposer
-from vstack.mesh.paxos.ranges import Merged, askers, merge
+from vstack.mesh.paxos.ranges import Merged, askers, complete, merge
 from vstack.mesh.transport import Incoming, Session
 
 log = logging.getLogger(__name__)
+
+ENOUGH = 0.05
+"""Seconds for which the remaining pages are waited for once those that have come are enough. A node that
+has just died is not known to be down yet, and its page never comes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +88,13 @@ class Listings:
         if gather is not None and gather.merged is None:
             gather.replies[node] = page
             gather.waiting.discard(node)
+            if complete(self._view, gather.wanted.prefix, gather.replies):
+                gather.pages_until = min(gather.pages_until, now + ENOUGH)
             self._merge_if_all_came(gather, now)
+
+    def next_wake(self) -> float | None:
+        """When `tick` may have something to do."""
+        return min((g.pages_until for g in self._gathers.values() if g.merged is None), default=None)
 
     def on_read(self, gather: Gather, key: str, outcome: Outcome) -> None:
         """What became of a read that a listing needed."""

@@ -248,8 +248,8 @@ class Node:
         self.peers.flush_gossip(now)
 
     def _patience(self, now: float) -> float:
-        wake = self.replica.next_wake()
-        times = [self.peers.gossip.next_wake(), *([] if wake is None else [wake])]
+        wakes = (self.replica.next_wake(), self._listings.next_wake())
+        times = [self.peers.gossip.next_wake(), *(wake for wake in wakes if wake is not None)]
         return max(0.0, min(PATIENCE, min(times) - now))
 
     def _commit(self) -> None:

@@ -8,7 +8,7 @@ asked that knows of a key: the listing is complete only if too few are silent to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from vstack.mesh.config import NodeId, View, key_subject
@@ -68,7 +68,7 @@ def merge(view: View, prefix: str, replies: Mapping[NodeId, ScanReply], limit: i
         else:
             rows[key] = value
             size += 100 + len(value.data or b"")
-    return Merged(rows, unsettled, after, _complete(view, prefix, set(pages)))
+    return Merged(rows, unsettled, after, complete(view, prefix, replies))
 
 
 def _settled(view: View, key: str, said: Mapping[NodeId, tuple[Ballot, Value]]) -> Value | None:
@@ -82,8 +82,9 @@ def _settled(view: View, key: str, said: Mapping[NodeId, tuple[Ballot, Value]]) 
     return None
 
 
-def _complete(view: View, prefix: str, answered: Iterable[NodeId]) -> bool:
-    here = set(answered)
+def complete(view: View, prefix: str, replies: Mapping[NodeId, ScanReply]) -> bool:
+    """Whether these replies are enough: too few acceptors are missing to hide a majority."""
+    here = {n for n, r in replies.items() if r.epoch == view.epoch}
     if _of_one_video(prefix):
         return all(len(here & set(era.group)) >= era.majority for era in view.eras(prefix))
     for config in view.chain():
