@@ -37,7 +37,7 @@ from vstack.mesh.transport import MAX_SESSIONS
 from .cluster import running_mesh, wait_for, with_client
 from .flooder import HELLO, message, shake_hands
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.alone]
 
 SHARE = 0.2
 """Of one core."""

@@ -279,6 +279,7 @@ class Soak:
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 @pytest.mark.timeout(1500)
 def test_registers_stay_linearizable_under_kills_pauses_cuts_joins_and_removals(
     tmp_path: Path, registers_soak_seconds: float
