@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from vstack.client import output
 from vstack.client.catalogue import Video, chunk_table
@@ -26,6 +26,10 @@ from vstack.mesh.registers import ChunkRecord, Media, init_record
 
 AHEAD_BYTES = 16 << 20
 """Chunk bytes that are fetched before they are needed."""
+
+
+_Parts = tuple[bytes | memoryview, ...]
+"""Of a chunk, in order."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,15 @@ async def download(
     media = media_of(video)
     served: dict[NodeId, int] = {}
     failovers = done = 0
-    pipe: queue.Queue[bytes | None] = queue.Queue(maxsize=4)
+    pipe: queue.Queue[_Parts | None] = queue.Queue(maxsize=4)
     over = threading.Event()
 
     def chunks() -> Iterator[bytes]:
-        while not over.is_set() and (data := pipe.get()) is not None:
-            yield data
+        while not over.is_set() and (parts := pipe.get()) is not None:
+            if isinstance(target, Path):
+                yield from cast("tuple[bytes, ...]", parts)  # whatever writes a file takes memory views too
+            else:
+                yield b"".join(parts)
         if over.is_set():
             raise InterruptedError
 
@@ -112,9 +119,9 @@ async def download(
         writer = _in_thread(lambda: write(init))
         try:
             async for chunk in in_order(fetcher, table):
-                if not await _hand_over(pipe, chunk.data, writer):
+                if not await _hand_over(pipe, chunk.parts, writer):
                     break
-                done += len(chunk.data)
+                done += chunk.entry.size
                 failovers += chunk.failovers
                 for node, size in chunk.served.items():
                     served[node] = served.get(node, 0) + size
@@ -135,12 +142,12 @@ async def download(
 
 
 async def _hand_over(
-    pipe: queue.Queue[bytes | None], data: bytes | None, writer: asyncio.Future[None]
+    pipe: queue.Queue[_Parts | None], parts: _Parts | None, writer: asyncio.Future[None]
 ) -> bool:
     """Whether the writer takes it: not if it has ended."""
     while not writer.done():
         try:
-            pipe.put_nowait(data)
+            pipe.put_nowait(parts)
         except queue.Full:
             await asyncio.sleep(0.005)
         else:

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 class Feed:
     """Reads the byte strings of an iterator one after the other; holds one of them at a time."""
 
-    def __init__(self, parts: Iterable[bytes]) -> None:
+    def __init__(self, parts: Iterable[bytes | memoryview]) -> None:
         self._parts = iter(parts)
-        self._part = b""
+        self._part: bytes | memoryview = b""
         self._at = 0
         self._error: BaseException | None = None
 
@@ -31,7 +31,7 @@ class Feed:
             if part is None:
                 return b""
             self._part, self._at = part, 0
-        data = self._part[self._at : self._at + size]
+        data = bytes(self._part[self._at : self._at + size])
         self._at += len(data)
         return data
 

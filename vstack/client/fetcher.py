@@ -1,7 +1,7 @@
 """Carries out what the scheduler decides, and turns pieces into chunks.
 
-A chunk leaves here only if its SHA-256 is the one its register names; a piece is used only if its
-SHA-256 is. A bad piece is fetched from elsewhere. When no named place has what is needed, the
+A chunk leaves here only if its SHA-256 is the one its register names. If it is not, the pieces are compared
+with theirs, and a bad one is fetched from elsewhere. When no named place has what is needed, the
 register is read again: pieces move, and that is never an error.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import zlib
 from collections import deque
-from collections.abc import Collection, Coroutine, Iterable, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import NamedTuple
@@ -42,12 +42,18 @@ class FetchedChunk:
     """A chunk, whole and verified, and where it came from."""
 
     entry: ChunkEntry
-    data: bytes
+    parts: tuple[bytes | memoryview, ...]
+    """Its bytes, as they came: most chunks are written somewhere, and need not be joined for that."""
     served: Mapping[NodeId, int]
     """Bytes by node."""
     seconds: float
     failovers: int
     """Blocks that a failed node had to leave to another."""
+
+    @property
+    def data(self) -> bytes:
+        """All of it, joined anew each time."""
+        return b"".join(self.parts)
 
 
 class _Block(NamedTuple):
@@ -232,35 +238,27 @@ class ChunkFetcher:
                 self._spawn(self._finish(finished, pieces))
 
     async def _finish(self, job: _Job, pieces: tuple[int, ...]) -> None:
-        """Checks the pieces, puts the chunk together, checks it."""
+        """Puts the chunk together and checks it; if it is not what it should be, the pieces, for who is to
+        blame. A chunk that has its hash says that the pieces were good."""
         record, entry = job.record, job.record.entry
         hashes = {place.piece: place.sha256 for place in record.places}
         blocks = {n: [b for _, b in sorted(job.blocks.get(n, {}).items())] for n in pieces}
+
+        def assemble() -> tuple[tuple[bytes | memoryview, ...], bool]:
+            parts = _assemble({n: [b.data for b in found] for n, found in blocks.items()}, record)
+            return parts, _sha256(parts) == entry.sha256
 
         def check() -> dict[int, NodeId]:
             """The damaged pieces, and who is to blame for each."""
             bad: dict[int, NodeId] = {}
             for n, found in blocks.items():
-                digest = hashlib.sha256()
-                for block in found:
-                    digest.update(block.data)
-                if digest.digest() != hashes[n]:
+                if _sha256(block.data for block in found) != hashes[n]:
                     liars = [b.node for b in found if zlib.crc32(b.data) != b.crc32]
                     bad[n] = liars[0] if liars else max(job.sources[n], key=lambda x: job.sources[n][x])
             return bad
 
-        def assemble() -> tuple[bytes, bool]:
-            parts = {
-                n: found[0].data if len(found) == 1 else b"".join(block.data for block in found)
-                for n, found in blocks.items()
-            }
-            data = erasure.decode(parts, record.scheme.k, record.scheme.m, entry.size)
-            # a copy that has its hash is the chunk, if the chunk's hash is the same
-            known = record.scheme.k == 1 and hashes[pieces[0]] == entry.sha256
-            return data, known or hashlib.sha256(data).digest() == entry.sha256
-
-        # both at once: each takes as long as the other, and neither needs the interpreter
-        bad, (data, whole) = await asyncio.gather(asyncio.to_thread(check), asyncio.to_thread(assemble))
+        parts, whole = await asyncio.to_thread(assemble)
+        bad = {} if whole else await asyncio.to_thread(check)
         if job.done.done():
             return
         for n, worst in bad.items():
@@ -281,7 +279,7 @@ class ChunkFetcher:
         for n in pieces:
             for node, size in job.sources.get(n, {}).items():
                 served[node] = served.get(node, 0) + size
-        job.done.set_result(FetchedChunk(entry, data, served, monotonic() - job.began, job.failovers))
+        job.done.set_result(FetchedChunk(entry, parts, served, monotonic() - job.began, job.failovers))
 
     async def _report(self, record: ChunkRecord, piece: int, node: NodeId) -> None:
         """Has the node that gave a damaged piece read it: what is bad there is repaired."""
@@ -329,6 +327,33 @@ class ChunkFetcher:
             f"{'its only piece' if count == 1 else f'{record.scheme.k} of its {count} pieces'}, "
             f"and too few nodes give theirs ({why or 'none answers'})"
         )
+
+
+def _assemble(
+    pieces: Mapping[int, Sequence[bytes | memoryview]], record: ChunkRecord
+) -> tuple[bytes | memoryview, ...]:
+    """The chunk that k pieces make, each in parts. Nothing is copied if these are the chunk itself: a whole
+    copy, or the first k fragments."""
+    k, size = record.scheme.k, record.entry.size
+    if sorted(pieces) != list(range(k)):
+        joined = {n: parts[0] if len(parts) == 1 else b"".join(parts) for n, parts in pieces.items()}
+        return (erasure.decode(joined, k, record.scheme.m, size),)
+    out: list[bytes | memoryview] = []
+    left = size
+    for part in (part for n in range(k) for part in pieces[n]):
+        if left < len(part):
+            part = part[:left]  # what is left out is padding
+        if part:
+            out.append(part)
+            left -= len(part)
+    return tuple(out)
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def reasons(failures: Iterable[tuple[NodeId, str]], addresses: Mapping[NodeId, str]) -> str:

@@ -68,7 +68,11 @@ class PieceWorkers:
         self._puts: deque[Incoming] = deque()
         self._gets: deque[Incoming] = deque()
         self._surveys: deque[Incoming] = deque()
-        self._work = threading.Condition()
+        self._lock = threading.Lock()
+        """Of the queues. Each has a condition of its own: news of a put would wake readers in vain."""
+        self._to_put = threading.Condition(self._lock)
+        self._to_get = threading.Condition(self._lock)
+        self._to_survey = threading.Condition(self._lock)
         self._done: deque[Done] = deque()
         self._closing = False
         self.figures = store.stats()
@@ -88,14 +92,14 @@ class PieceWorkers:
         """Takes a PutPiece, GetPiece, GetInventory or GetUsage request."""
         match request.body:
             case PutPiece():
-                queue = self._puts
+                queue, news = self._puts, self._to_put
             case GetPiece():
-                queue = self._gets
+                queue, news = self._gets, self._to_get
             case _:
-                queue = self._surveys
-        with self._work:
+                queue, news = self._surveys, self._to_survey
+        with self._lock:
             queue.append(request)
-            self._work.notify_all()
+            news.notify()
 
     def hasten_scrub(self) -> None:
         """As `Upkeep.hasten_scrub`."""
@@ -118,9 +122,10 @@ class PieceWorkers:
 
     def close(self) -> None:
         """Finishes what was begun; what only waits is dropped without an answer."""
-        with self._work:
+        with self._lock:
             self._closing = True
-            self._work.notify_all()
+            for news in (self._to_put, self._to_get, self._to_survey):
+                news.notify_all()
         for thread in self._threads:
             thread.join()
         self._upkeep.close()
@@ -130,11 +135,11 @@ class PieceWorkers:
 
     # -- threads ----------------------------------------------------------------------------------
 
-    def _next(self, queue: deque[Incoming], most_bytes: int) -> list[Incoming]:
+    def _next(self, queue: deque[Incoming], news: threading.Condition, most_bytes: int) -> list[Incoming]:
         """Blocks for work; empty when closing."""
-        with self._work:
+        with self._lock:
             while not queue and not self._closing:
-                self._work.wait()
+                news.wait()
             if self._closing:
                 return []
             batch = [queue.popleft()]
@@ -156,7 +161,7 @@ class PieceWorkers:
         return [r for r in batch if r.deadline >= now]
 
     def _write_loop(self) -> None:
-        while batch := self._next(self._puts, BATCH_BYTES):
+        while batch := self._next(self._puts, self._to_put, BATCH_BYTES):
             batch = self._in_time(batch)
             pieces: dict[str, dict[int, Piece]] = {}
             for i, request in enumerate(batch):
@@ -183,7 +188,7 @@ class PieceWorkers:
                     self._finish(request, Stored(present=result.outcome == "present"))
 
     def _read_loop(self) -> None:
-        while batch := self._next(self._gets, 0):
+        while batch := self._next(self._gets, self._to_get, 0):
             for request in self._in_time(batch):
                 m = request.body
                 assert isinstance(m, GetPiece)
@@ -200,7 +205,7 @@ class PieceWorkers:
                     self._finish(request, PieceData(found.info.length, found.crc32), found.payload)
 
     def _survey_loop(self) -> None:
-        while batch := self._next(self._surveys, 0):
+        while batch := self._next(self._surveys, self._to_survey, 0):
             for request in self._in_time(batch):
                 m = request.body
                 try:
@@ -236,9 +241,9 @@ class PieceWorkers:
 
     def _let_readers_go_first(self) -> None:
         until = self._now() + YIELD
-        with self._work:
+        with self._lock:
             while self._gets and not self._closing and self._now() < until:
-                self._work.wait(_LOOK)
+                self._to_survey.wait(_LOOK)
 
 
 LATE = Failure("late", "the request's time was over before it was its turn")
