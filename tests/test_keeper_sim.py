@@ -84,11 +84,12 @@ def test_a_chunk_that_is_nearly_lost_is_not_switched_by_half() -> None:
         places = await scene.store(REPLICATED, scene.nodes[:3])
         for place in places[:2]:
             assert scene.world.spoil(scene.key_of(place), vanish=True)
-        for node in scene.nodes[3:]:
+        for node in (*scene.nodes[:2], *scene.nodes[3:]):
             node.disk.full = True
         node = scene.nodes[0]
         mended = await node.mender.mend(scene.target, ERASURE, Nodes(scene.world.config.members), places[:2])
-        assert (mended.outcome, len(mended.closed)) == ("failed", 3)
+        assert mended.outcome == "failed"
+        assert mended.bytes_written > 0, "the node that has room took its fragments"
         assert scene.record.places == places
 
     scene.play(schedule())

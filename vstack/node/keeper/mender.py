@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -43,6 +43,8 @@ from vstack.mesh.registers import (
 from vstack.node.keeper.budget import Budget
 from vstack.node.keeper.plan import Nodes, Reason, Work, alike, plan, settled, sound
 
+TRIES = 3
+"""How often a chunk is planned anew, at most, because nodes did not take their pieces: others may."""
 BUSY_TRIES = 20
 """How often a node that is busy is asked again before it counts as failed."""
 PIECE_TIMEOUT = 20.0
@@ -144,12 +146,19 @@ class Mender:
         cause: it is in the outcome."""
         done = Mended("nothing")
         try:
-            found = await self._read(target)
-            if found is None:
-                return done
-            done.work = plan(target.video, found.record, wanted, nodes, bad)
-            if done.work is not None:
+            for _ in range(TRIES):
+                found = await self._read(target)
+                if found is None:
+                    return done
+                closed = len(done.closed)
+                nodes = replace(nodes, closed={*nodes.closed, *done.closed})
+                work = plan(target.video, found.record, wanted, nodes, bad)
+                if work is None:
+                    return done
+                done.work = work
                 await self._do(target, found, done, nodes, bad)
+                if done.outcome != "failed" or len(done.closed) == closed:
+                    return done
         except _Unreadable as e:
             done.outcome, done.why = "failed", str(e)
         except OutcomeUnknown as e:
