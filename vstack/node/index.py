@@ -19,6 +19,7 @@ RocksDB's errors have no class of their own, hence the `except Exception` here.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import struct
@@ -40,6 +41,8 @@ from rocksdict import (
 from vstack.errors import VstackError
 from vstack.node.disk import Disk
 from vstack.node.rows import FORMAT, PieceRow, SuperblockState, TombstoneRow
+
+log = logging.getLogger(__name__)
 
 _DAMAGE_MARK = "DAMAGED"
 _MOST_SEEN = 2_000_000
@@ -159,8 +162,11 @@ class Index:
             yield key[1:], PieceRow.unpack(value)
 
     def close(self) -> None:
-        """No iteration may be open."""
-        self._db.close()
+        """No iteration may be open. What RocksDB cannot write now (a full disk), the next start finds."""
+        try:
+            self._db.close()
+        except Exception as error:
+            log.error("the index was not closed in order: %s", error)
 
     def write(self, batch: WriteBatch, *, sync: bool) -> None:
         """Raises IndexWriteFailed."""
