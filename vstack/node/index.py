@@ -165,7 +165,7 @@ class Index:
         """No iteration may be open. What RocksDB cannot write now (a full disk), the next start finds."""
         try:
             self._db.close()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             log.error("the index was not closed in order: %s", error)
 
     def write(self, batch: WriteBatch, *, sync: bool) -> None:
