@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from tests.keeper_sim.scene import Scene
-from vstack.mesh.registers import ERASURE
+import asyncio
+import hashlib
+import logging
+from itertools import count
+
+import pytest
+
+from tests.keeper_sim.scene import UNDELETE, Scene
+from vstack.mesh.config import group
+from vstack.mesh.mesh_client import Change
+from vstack.mesh.registers import (
+    ERASURE,
+    MAX_RECORD,
+    REPLICATED,
+    SPARE,
+    RecordTooLarge,
+    VideoRecord,
+    pack,
+    unpack_video,
+    video_key,
+)
 from vstack.node.keeper.plan import Nodes
+from vstack.node.keeper.voice import SAY_EVERY, Voice
 
 # -- one node, or one video, does not hold up the rest -------------------------------------------------
 
@@ -24,3 +44,56 @@ def test_a_damaged_piece_that_its_node_cannot_take_again_is_written_elsewhere_at
         assert scene.nodes[5] in scene.holders
 
     scene.play(schedule())
+
+
+def test_a_video_whose_register_has_no_room_left_does_not_keep_the_others_from_repair() -> None:
+    scene = Scene(4)
+
+    async def schedule() -> None:
+        places = await scene.store(REPLICATED, scene.nodes[:3], "replicated")
+        keeper = scene.world.nodes[group(scene.world.config, scene.video)[0]].keeper
+        assert await scene.client.change(Change(video_key(_beside(scene)), 0, _full("deleted")))
+        assert await keeper.look()
+        await asyncio.sleep(UNDELETE / 2)
+        assert scene.world.spoil(scene.key_of(places[0]), vanish=True)
+        assert not await keeper.look(), "time cannot be counted in that register"
+        assert keeper.state()["queue_repair"] == 1
+
+    scene.play(schedule())
+
+
+def _beside(scene: Scene) -> str:
+    """Another video with the same keeper, that is looked at before the one of the scene."""
+    mine = group(scene.world.config, scene.video)[0]
+    names = (hashlib.sha256(b"%d" % i).hexdigest() for i in count())
+    return next(n for n in names if n < scene.video and group(scene.world.config, n)[0] == mine)
+
+
+def _full(state: str) -> bytes:
+    """A video's record that takes all the room that there is."""
+    record = VideoRecord(state=state, title="", redundancy="auto", recipe="", source_size=1)  # type: ignore[arg-type]
+    left = MAX_RECORD - len(pack(record)) - 2
+    full = pack(VideoRecord(state=state, title="t" * left, redundancy="auto", recipe="", source_size=1))  # type: ignore[arg-type]
+    assert len(full) == MAX_RECORD
+    return full
+
+
+def test_a_record_that_becomes_ready_leaves_room_for_what_is_written_into_it_later() -> None:
+    with pytest.raises(RecordTooLarge):
+        pack(unpack_video(_full("ready")), spare=SPARE)
+    pack(unpack_video(_full("ready")))
+
+
+def test_what_goes_wrong_with_every_chunk_of_every_pass_is_said_now_and_then() -> None:
+    now, lines = 0.0, list[str]()
+    logger = logging.Logger("voice")
+    logger.addHandler(handler := logging.Handler())
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    voice = Voice(logger, lambda: now)
+    for chunk in range(100):
+        voice.warn("chunk", f"chunk {chunk} could not be mended")
+        voice.warn("pass", "a pass was broken off")
+    assert lines == ["chunk 0 could not be mended", "a pass was broken off"]
+    now = SAY_EVERY
+    voice.warn("chunk", "chunk 7 could not be mended")
+    assert lines[2:] == ["chunk 7 could not be mended"]

@@ -37,6 +37,7 @@ from vstack.mesh.placement import choose_scheme, shortfall, takers
 from vstack.mesh.registers import (
     INIT_INDEX,
     REPLICATED,
+    SPARE,
     ChunkEntry,
     ChunkRecord,
     InitPiece,
@@ -281,6 +282,7 @@ class _Upload:
             table=table_hash(entries),
             waited=0,
         )
+        pack(record, spare=SPARE)
         state = "restored" if self._before is not None else "resumed" if known else "new"
         return await self._finish(record), state
 

@@ -30,6 +30,10 @@ from vstack.mesh.config import Policy
 MAX_RECORD = 8192
 """Upper bound of a packed record, in bytes."""
 
+SPARE = 512
+"""Bytes below that bound which a video's record leaves free when it becomes ready: for what is written into
+it later, where it is deleted, or its init segment is repaired."""
+
 INIT_INDEX = 0xFFFF_FFFF
 """The chunk index under which a video's init segment is stored as pieces."""
 
@@ -320,12 +324,12 @@ class RecordTooLarge(BadInput, ValueError):
     """What would have to be written into a register does not fit."""
 
 
-def pack(record: VideoRecord | ChunkRecord | ViewRecord) -> bytes:
-    """Raises RecordTooLarge if the packed record is larger than MAX_RECORD."""
+def pack(record: VideoRecord | ChunkRecord | ViewRecord, *, spare: int = 0) -> bytes:
+    """Raises RecordTooLarge if the packed record is larger than MAX_RECORD, `spare` bytes less."""
     raw = _encode(record)
-    if len(raw) > MAX_RECORD:
+    if len(raw) > MAX_RECORD - spare:
         raise RecordTooLarge(
-            f"what the catalogue has to keep takes {len(raw)} bytes, over the bound of {MAX_RECORD} "
+            f"what the catalogue has to keep takes {len(raw)} bytes, over the bound of {MAX_RECORD - spare} "
             f"of a {type(record).__name__}: fewer tracks or shorter texts would fit"
         )
     return raw

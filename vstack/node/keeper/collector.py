@@ -29,6 +29,7 @@ from vstack.mesh.registers import (
     ChunkRecord,
     InitPiece,
     PieceKey,
+    RecordTooLarge,
     UploadId,
     VideoRecord,
     chunk_key,
@@ -49,6 +50,7 @@ from vstack.node.keeper.garbage import (
 )
 from vstack.node.keeper.keeper import Mesh, Sight, rest
 from vstack.node.keeper.mender import Offload
+from vstack.node.keeper.voice import Voice
 from vstack.node.pieces import PieceInfo
 
 log = logging.getLogger(__name__)
@@ -118,7 +120,7 @@ class Collector:
         self.figures: Counter[str] = Counter()
         """Since the start: gc_passes, gc_passes_begun, gc_dropped, gc_dropped_bytes, gc_fenced, ..."""
         self._state: dict[str, float] = {}
-        self._said = ""
+        self._voice = Voice(log, now)
 
     def hasten(self) -> None:
         """The next pass begins at once."""
@@ -138,11 +140,9 @@ class Collector:
                 await self.collect()
                 self.figures["gc_passes"] += 1
             except VstackError as e:
-                if str(e) != self._said:
-                    self._said = str(e)
-                    log.warning("the pass over the pieces was broken off: %s", e)
-            except Exception:
-                log.exception("the pass over the pieces failed")
+                self._voice.warn("pass", f"the pass over the pieces was broken off: {e}")
+            except Exception:  # noqa: BLE001 - the log has it
+                self._voice.fail("pass", "the pass over the pieces failed")
             took = self._now() - began
             self._state["gc_pass_s"] = took
             await rest(self._now, took, lambda: self._sight().config.policy.grace, self._hasten.is_set)
@@ -165,7 +165,7 @@ class Collector:
                     candidates = await self._judge(video, upload, pieces, tally)
                     seen |= candidates.keys()
                     await self._drop(video, upload, candidates)
-                except (MeshUnavailable, OutcomeUnknown, NoAnswer, Refused):
+                except (MeshUnavailable, OutcomeUnknown, NoAnswer, Refused, RecordTooLarge):
                     tally["unknown"] += len(pieces)  # nothing is known of them: they stay candidates, or none
                     seen |= {p.key for p in pieces} & self._candidates.keys()
         for key in self._candidates.keys() - seen:

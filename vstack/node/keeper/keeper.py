@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from vstack.errors import MeshUnavailable, OutcomeUnknown, VstackError
+from vstack.errors import VstackError
 from vstack.mesh.config import Config, NodeId, group, key_subject
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import Change, Page
@@ -45,6 +45,7 @@ from vstack.node.keeper.heat import is_hot, views_within
 from vstack.node.keeper.mender import Mended, Mender, Target, wanted_of
 from vstack.node.keeper.mender import Mesh as MenderMesh
 from vstack.node.keeper.plan import Nodes, Reason, plan, spare
+from vstack.node.keeper.voice import Voice
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class Keeper:
         self.figures: Counter[str] = Counter()
         """Since the start: passes, chunks_<reason>, bytes_read, bytes_written, bytes_restored, failed, ..."""
         self._state: dict[str, float] = {}
-        self._said = ""
+        self._voice = Voice(log, now)
 
     # -- what is seen -----------------------------------------------------------------------------
 
@@ -220,10 +221,10 @@ class Keeper:
                 self.figures["passes"] += 1
             except VstackError as e:
                 complete, took = False, self._now() - began
-                self._say(f"the pass over the videos was broken off: {e}")
-            except Exception:
+                self._voice.warn("pass", f"the pass over the videos was broken off: {e}")
+            except Exception:  # noqa: BLE001 - the log has it
                 complete, took = False, self._now() - began
-                log.exception("the pass over the videos failed")
+                self._voice.fail("pass", "the pass over the videos failed")
             self._state["pass_s"] = took
             over = partial(self._is_due, outlook)
             await rest(self._now, took if complete else 0.0, self._shortest_delay, over)
@@ -235,11 +236,6 @@ class Keeper:
     def _shortest_delay(self) -> float:
         policy = self._sight().config.policy
         return min(policy.repair_delay, policy.grace)
-
-    def _say(self, text: str) -> None:
-        if text != self._said:
-            self._said = text
-            log.warning("%s", text)
 
     async def look(self) -> bool:
         """Queues what the videos of this node call for; whether all of them could be looked at."""
@@ -262,8 +258,8 @@ class Keeper:
             for some in _batches(mine, LOOKS):
                 for ok in await asyncio.gather(*(self._look_at(v, nodes, queue, tally) for v in some)):
                     complete &= ok
-            if len(queue) > 2 * MAX_QUEUE:
-                queue = heapq.nsmallest(MAX_QUEUE, queue)
+                if len(queue) > 2 * MAX_QUEUE:
+                    queue[:] = heapq.nsmallest(MAX_QUEUE, queue)
         self._queue = sorted(queue)[:MAX_QUEUE]
         for gone in self._waiting.keys() - seen:
             del self._waiting[gone]
@@ -271,7 +267,7 @@ class Keeper:
         return complete
 
     async def _look_at(self, video: Video, nodes: Nodes, queue: list[Queued], tally: Counter[str]) -> bool:
-        """One video; whether all of it could be looked at."""
+        """One video; whether all of it could be looked at. Raises nothing: others wait for their turn."""
         try:
             table = await self._mesh.list(f"chunk/{video.id}/")
             state = video.record.state
@@ -286,9 +282,11 @@ class Keeper:
             elif video.record.redundancy == "auto":
                 video = await self._take_temperature(video)
             return await self._plan(video, table, nodes, queue, tally) and table.complete
-        except (MeshUnavailable, OutcomeUnknown, NoAnswer, Refused) as e:
-            self._say(f"video {video.id[:12]} could not be looked at: {e}")
-            return False
+        except VstackError as e:
+            self._voice.warn("video", f"video {video.id[:12]} could not be looked at: {e}")
+        except Exception:  # noqa: BLE001 - the log has it
+            self._voice.fail("video", f"video {video.id[:12]} could not be looked at")
+        return False
 
     async def _plan(
         self, video: Video, table: Page, nodes: Nodes, queue: list[Queued], tally: Counter[str]
@@ -370,10 +368,12 @@ class Keeper:
             changed = await self._change(video, waited=waited)
         elif video.record.state == "deleted":
             changed = await self._change(video, state="purging", waited=0)
-            log.info("video %s was deleted: its space is given back now", video.id[:12])
+            if changed is not None:
+                log.info("video %s was deleted: its space is given back now", video.id[:12])
         else:
             changed = await self._change(video, state="aborted", waited=0)
-            log.info("the upload of video %s was given up: nobody goes on with it", video.id[:12])
+            if changed is not None:
+                log.info("the upload of video %s was given up: nobody goes on with it", video.id[:12])
         if waited >= undelete:
             self._hasten.set()
             return None
@@ -437,6 +437,9 @@ class Keeper:
                 self._busy += 1
                 try:
                     mended = await self._mender.mend(queued.target, queued.wanted, self._nodes(), queued.bad)
+                except Exception:  # noqa: BLE001 - the log has it
+                    self._voice.fail("chunk", f"{_name(queued.target)} could not be mended")
+                    mended = Mended("failed")
                 finally:
                     self._busy -= 1
                 self._count(queued, mended)
@@ -454,7 +457,7 @@ class Keeper:
         self._work_bytes += queued.size
         for node, why in mended.closed.items():
             self._closed[node] = self._now() + CLOSED_FOR
-            self._say(f"node {node[:8]} is given no pieces for {CLOSED_FOR:.0f} s: {why}")
+            self._voice.warn(node, f"node {node[:8]} is given no pieces for {CLOSED_FOR:.0f} s: {why}")
         self.figures["bytes_read"] += mended.bytes_read
         self.figures["bytes_written"] += mended.bytes_written
         self.figures["bytes_restored"] += mended.bytes_restored
@@ -464,10 +467,11 @@ class Keeper:
         elif mended.outcome != "nothing":
             self.figures[mended.outcome] += 1
             if mended.outcome == "failed":
-                self._say(
-                    f"chunk {queued.target.index} of video {queued.target.video[:12]} could not be mended: "
-                    f"{mended.why}"
-                )
+                self._voice.warn("chunk", f"{_name(queued.target)} could not be mended: {mended.why}")
+
+
+def _name(target: Target) -> str:
+    return f"chunk {target.index} of video {target.video[:12]}"
 
 
 async def rest(

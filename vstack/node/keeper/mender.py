@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from vstack import erasure
-from vstack.errors import DamagedData, MeshUnavailable, OutcomeUnknown
+from vstack.errors import DamagedData, OutcomeUnknown, VstackError
 from vstack.mesh.config import NodeId
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import Change
@@ -117,7 +117,7 @@ class Mended:
     """Of what was written, what counts now."""
 
 
-class _Unreadable(Exception):
+class _Unreadable(VstackError):
     """Too few pieces can be had."""
 
 
@@ -159,11 +159,9 @@ class Mender:
                 await self._do(target, found, done, nodes, bad)
                 if done.outcome != "failed" or len(done.closed) == closed:
                     return done
-        except _Unreadable as e:
-            done.outcome, done.why = "failed", str(e)
         except OutcomeUnknown as e:
             done.outcome, done.why = "unknown", str(e)
-        except (MeshUnavailable, NoAnswer, Refused) as e:
+        except (VstackError, msgspec.DecodeError) as e:  # a register that a newer version has written
             done.outcome, done.why = "failed", str(e)
         return done
 
