@@ -37,6 +37,7 @@ from vstack.client.player import Player
 from vstack.client.uploader import UploadOptions, upload
 from vstack.errors import MeshUnavailable, VstackError
 from vstack.local import LocalMesh, free_port
+from vstack.mesh.changes import SetPolicy
 from vstack.mesh.config import NodeId, Policy, group, key_subject
 from vstack.mesh.mesh_client import MeshClient, connect
 from vstack.mesh.registers import ChunkRecord, Place, Redundancy, unpack_chunk
@@ -53,14 +54,14 @@ CHUNKS_A_SESSION = 8
 """That a reader fetches of a video."""
 BEHIND = 1.0
 """Seconds by which a reader may be late; what it was to read in more than that is left out."""
-WARM_UP = 2.0
-SAMPLE_SECONDS = 8.0
+WARM_UP = 1.0
+SAMPLE_SECONDS = 4.0
 FILM_SECONDS = 60.0
-SLOW, HELD, FREE = 4_000_000, 16_000_000, 1 << 40
+SLOW, HELD, FREE = 2_000_000, 16_000_000, 1 << 40
 """Bytes a second that each keeper may read and write: until the second loss is noticed, then, and in the
 end."""
-REPAIR_DELAY = 2
-SECOND_AT = 0.1
+REPAIR_DELAY = 1
+SECOND_AT = 0.05
 """Part of what the first loss takes to repair, in chunks, after which the second node is killed."""
 FREE_AT = 0.4
 """Part of what then is to be repaired after which the pace is set free."""
@@ -129,14 +130,13 @@ class Load:
                 self.decode_errors += p.decode_errors
 
     def between(self, begin: float, end: float) -> dict[str, object]:
-        """What readers saw of the chunks that were due between two moments. Raises Wrong if none were."""
+        """What readers saw of the chunks that were due between two moments; no times if none were."""
         took = sorted(t for at, t in self.reads if begin <= at < end)
+        times = {"p50_ms": 0.5, "p99_ms": 0.99, "max_ms": 1.0}
         return {
             "seconds": round(end - begin, 1),
             "reads": len(took),
-            "p50_ms": quantile_ms(took, 0.5),
-            "p99_ms": quantile_ms(took, 0.99),
-            "max_ms": quantile_ms(took, 1.0),
+            **{name: quantile_ms(took, q) if took else None for name, q in times.items()},
         }
 
 
@@ -268,11 +268,24 @@ class Spent:
     written: float = 0.0
     restored: float = 0.0
 
+    def add(self, read: float, written: float, restored: float, *, busy: float) -> None:
+        self.read += read
+        self.written += written
+        self.restored += restored
+        self.busy += busy
+
     def as_json(self) -> dict[str, object]:
+        """`keeper_mb_s` is read and written, of one keeper that has work."""
         return {
             "seconds": round(self.seconds, 1),
             "keeper_mb_s": round((self.read + self.written) / max(self.busy, 1e-9) / 1e6, 1),
             "restored_mb_s": round(self.restored / max(self.seconds, 1e-9) / 1e6, 1),
+            **self.per_byte(),
+        }
+
+    def per_byte(self) -> dict[str, float]:
+        """Bytes read and written for one that is restored."""
+        return {
             "read_per_byte": round(self.read / max(self.restored, 1), 2),
             "written_per_byte": round(self.written / max(self.restored, 1), 2),
             "restored_mb": round(self.restored / 1e6, 1),
@@ -284,25 +297,22 @@ class Meter:
 
     def __init__(self, watches: Sequence[Watch]) -> None:
         self._watches = watches
-        self._last = [(0.0, 0.0, 0.0)] * len(watches)
+        self._last: list[tuple[float, ...]] = [(0.0, 0.0, 0.0)] * len(watches)
         self._at = time.monotonic()
         self.spent = Spent()
+        """Since `begin`."""
+        self.whole = Spent()
 
     def look(self) -> None:
         now = time.monotonic()
         for i, watch in enumerate(self._watches):
-            figures = (
-                watch.figure("bytes_read"),
-                watch.figure("bytes_written"),
-                watch.figure("bytes_restored"),
-            )
-            read, written, restored = (a - b for a, b in zip(figures, self._last[i], strict=True))
-            self.spent.read += read
-            self.spent.written += written
-            self.spent.restored += restored
-            self.spent.busy += (now - self._at) * (watch.waiting() > 0)
+            figures = tuple(watch.figure(f"bytes_{what}") for what in ("read", "written", "restored"))
+            new = [a - b for a, b in zip(figures, self._last[i], strict=True)]
+            for spent in (self.spent, self.whole):
+                spent.add(*new, busy=(now - self._at) * (watch.waiting() > 0))
             self._last[i] = figures
-        self.spent.seconds += now - self._at
+        for spent in (self.spent, self.whole):
+            spent.seconds += now - self._at
         self._at = now
 
     def begin(self) -> Spent:
@@ -403,15 +413,14 @@ async def measure(
         second.kill()
         gone = lost
         chunks = timeline.to_repair(gone)
-        await wait(meter, "the second loss is noticed", lambda: repaired(0.0, chunks)() and bool(knew))
+        await wait(meter, "the second loss is noticed", lambda: repaired(1.0, chunks)() or bool(knew))
         noticed = time.monotonic()
         slow = meter.begin()
-        await set_policy(mesh, Policy(repair_delay=REPAIR_DELAY, repair_rate=HELD))
-        meter.begin()
+        await mesh.change_mesh(SetPolicy(Policy(repair_delay=REPAIR_DELAY, repair_rate=HELD)))
         await wait(meter, "repair after two losses", repaired(FREE_AT, chunks))
         held = meter.begin()
         freed = time.monotonic()
-        await set_policy(mesh, Policy(repair_delay=REPAIR_DELAY, repair_rate=FREE))
+        await mesh.change_mesh(SetPolicy(Policy(repair_delay=REPAIR_DELAY, repair_rate=FREE)))
         await wait(meter, "repair at full speed", repaired(1.0, chunks))
         restored = time.monotonic()
         free = meter.begin()
@@ -433,6 +442,7 @@ async def measure(
             "held": {"allowed_mb_s": HELD / 1e6, **held.as_json()},
             "free": {"allowed_mb_s": None, **free.as_json()},
         },
+        "all": meter.whole.per_byte(),
         "order": order_of_repair(timeline.changes, knew, keeper, lost),
         "reads": {
             "before": load.between(begun, killed),
@@ -493,11 +503,8 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 def print_report(report: dict[str, object]) -> None:
     """The tables, on stdout."""
     lines = []
-    for name, row in cast("dict[str, dict[str, float]]", report["reads"]).items():
-        lines.append(
-            (name, f"{row['seconds']}", f"{row['reads']}",
-             *(f"{row[q]:.1f}" for q in ("p50_ms", "p99_ms", "max_ms")))
-        )  # fmt: skip
+    for name, row in cast("dict[str, dict[str, float | None]]", report["reads"]).items():
+        lines.append((name, *("" if value is None else f"{value}" for value in row.values())))
     show.table(("chunk reads", "s", "reads", "p50 ms", "p99", "max"), lines, right=(1, 2, 3, 4, 5))
     show.out.print()
     lines = []
@@ -513,6 +520,8 @@ def print_report(report: dict[str, object]) -> None:
     )
     for sequence in cast("list[str]", order["spare_before"]):
         show.out.print(f"  {sequence}", markup=False)
+    for name, value in cast("dict[str, float]", report["all"]).items():
+        show.out.print(f"{name.replace('_', ' ')}, all in all: {value}")
     playback = cast("dict[str, float]", report["playback"])
     show.out.print(
         f"failed reads: {len(cast('list[str]', report['failed']))}; playback: "
