@@ -567,10 +567,40 @@ def test_a_superblock_is_not_unlinked_while_a_row_points_to_it(
         return known and [found for found in known if found.record.key != key_of(3).pack()]
 
     monkeypatch.setattr("vstack.node.compaction.read_hints", forgetful)
+    monkeypatch.setattr("vstack.node.compaction.Compaction._missed", lambda *_: [])
     compact(store)
     assert numbers(tmp_path)[0] == 1
     assert contents(store) == {key_of(n): big(n).payload for n in range(2, 6)}
     assert figures(store.stats()) == recount(tmp_path)
+    store.close()
+
+
+@pytest.mark.parametrize("what", ["piece", "tombstone"])
+def test_damaged_headers_do_not_keep_a_superblock_that_has_no_hints(tmp_path: Path, what: str) -> None:
+    """A scan meets neither the piece nor the tombstone; the index knows of both."""
+    store = open_store(tmp_path)
+    store.put([big(n) for n in range(8)])
+    abandon(store)
+    store = open_store(tmp_path)
+    store.put([big(n) for n in range(10, 14)])
+    store.delete([key_of(0)])
+    tombstone = store._index.tombstone(key_of(0).pack())
+    assert tombstone is not None
+    abandon(store)  # no hints: both are sealed as they are
+    store = open_store(tmp_path)
+    store.put([big(20)])
+    second, offset = place(store, tmp_path, key_of(12))
+    flip(second, (offset if what == "piece" else tombstone.offset) + 20)
+    store.delete([key_of(10), key_of(11)])
+    compact(store)
+    assert not second.exists()
+    assert superblocks(tmp_path)[0].stem == "0000000001", "the piece that was deleted lies here still"
+    lost = [key_of(12)] if what == "piece" else []
+    assert [info.key for info in store.quarantined()] == lost
+    alive = {key_of(n) for n in (*range(1, 8), 12, 13, 20)} - set(lost)
+    assert set(contents(store)) == alive
+    store = reopened_without_index(tmp_path, store)
+    assert set(contents(store)) == alive
     store.close()
 
 

@@ -33,6 +33,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from vstack.errors import VstackError
+from vstack.mesh.registers import PieceKey
 from vstack.node.disk import Disk
 from vstack.node.files import OpenFiles
 from vstack.node.hints import read_hints
@@ -46,8 +47,10 @@ from vstack.node.superblock import (
     FILE_HEADER_BYTES,
     RECORD_HEADER_BYTES,
     Kind,
+    Record,
     read_record,
     superblock_path,
+    tombstone_record,
     trailer,
 )
 from vstack.node.update import Update
@@ -150,6 +153,10 @@ class Compaction:
                 records = yield from self._records(number, fd, state)
                 for batch in _batches(records):
                     yield self._copy(number, fd, state, batch)
+                missed = self._missed(number, records)
+                for batch in _batches(missed):
+                    yield self._copy(number, fd, state, batch)
+                records += missed
             self._remove(number, records)
             self.stuck = False
         except StoreFull as error:
@@ -181,6 +188,31 @@ class Compaction:
         if state.damaged:
             self._adopt(number, [found for found in known if self._row(found.record.key) is None])
         return known
+
+    def _missed(self, number: int, records: list[Found]) -> list[Found]:
+        """What rows say lies here though it was not found: its header is damaged. The records are as the rows
+        have them."""
+        with self._lock:
+            state = self._index.superblocks[number]
+            if not state.pieces and state.tombstones == self._leaving(number, records):
+                return []
+        known = {found.record.key for found in records}
+        missed: list[Found] = []
+        for key, row in self._index.pieces(b"", b""):
+            if row.superblock == number and key not in known:
+                against = PieceKey.unpack(key).generation.against
+                figures = (row.k, row.m, row.chunk_length, row.length, row.sha256)
+                missed.append(Found(row.offset, Record(Kind.DATA, row.sequence, key, against, *figures)))
+        for key, tombstone in self._index.tombstones():
+            if tombstone.superblock == number and key not in known:
+                missed.append(Found(tombstone.offset, tombstone_record(key, tombstone.sequence)))
+        return missed
+
+    def _leaving(self, number: int, records: list[Found]) -> int:
+        """How many tombstones can go together with the superblock."""
+        update = Update(self._index)
+        keys = {found.record.key for found in records}
+        return sum(_goes_along(update, self._index.tombstone(key), number) for key in keys)
 
     def _adopt(self, number: int, records: list[Found]) -> None:
         """Indexes what could not be read when the index was made, and can be now."""
@@ -233,10 +265,9 @@ class Compaction:
         buried = {key for key in keys if self._index.tombstone(key) is not None}
         with self._lock:
             state = self._index.superblocks[number]
-            update = Update(self._index)
-            leaving = sum(_goes_along(update, self._index.tombstone(key), number) for key in buried)
-            if state.pieces or state.tombstones != leaving:
+            if state.pieces or state.tombstones != self._leaving(number, records):
                 raise VstackError(f"{state.pieces} pieces, {state.tombstones} tombstones point to it still")
+            update = Update(self._index)
             update.doom(number)
             update.commit(self._index.next_sequence, sync=True)
         self._disk.unlink(superblock_path(self._folder, number))

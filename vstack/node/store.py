@@ -63,6 +63,7 @@ from vstack.node.superblock import (
     Record,
     read_record,
     record_size,
+    tombstone_record,
     trailer,
 )
 from vstack.node.update import Update
@@ -83,8 +84,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-_EMPTY_SHA256 = hashlib.sha256(b"").digest()
 
 USAGE_ROWS = 1000
 USAGE_PIECES = 20_000
@@ -265,7 +264,7 @@ class ChunkStore:
             if self._index.tombstone(key) != row:
                 return True
             log.error("superblock %d: the tombstone at %d is damaged", row.superblock, row.offset)
-            write = Write(_tombstone_record(PieceKey.unpack(key), key), b"")
+            write = Write(tombstone_record(key, 0), b"")
             self._log.append([write], Purpose.UPKEEP)
         if write.error is not None:
             raise write.error
@@ -278,10 +277,10 @@ class ChunkStore:
         and some not, and it is right to try again; IndexDamaged.
         """
         with self._lock:
-            packed = {key.pack(): key for key in keys}
+            packed = dict.fromkeys(key.pack() for key in keys)
             writes = [
-                Write(_tombstone_record(key, raw), b"")
-                for raw, key in packed.items()
+                Write(tombstone_record(raw, 0), b"")
+                for raw in packed
                 if self._index.piece(raw) is not None or raw in self._index.quarantined
             ]
             self._log.append(writes, Purpose.UPKEEP)
@@ -466,10 +465,6 @@ def _data_record(piece: Piece, key: bytes) -> Record:
         len(piece.payload),
         piece.sha256,
     )
-
-
-def _tombstone_record(key: PieceKey, packed: bytes) -> Record:
-    return Record(Kind.TOMBSTONE, 0, packed, key.generation.against, 0, 0, 0, 0, _EMPTY_SHA256)
 
 
 def _info(key: PieceKey, row: PieceRow) -> PieceInfo:

@@ -56,7 +56,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vstack.errors import VstackError
-from vstack.mesh.registers import PIECE_KEY_BYTES
+from vstack.mesh.registers import PIECE_KEY_BYTES, PieceKey
 from vstack.node.disk import NO_SPACE, Disk
 
 FILE_HEADER_BYTES = 4096
@@ -141,6 +141,12 @@ class Record(NamedTuple):
     def size(self) -> int:
         """Bytes from the record's header to the end of its footer."""
         return record_size(self.length)
+
+
+def tombstone_record(key: bytes, sequence: int) -> Record:
+    """What says that the piece with this packed key is deleted."""
+    against = PieceKey.unpack(key).generation.against
+    return Record(Kind.TOMBSTONE, sequence, key, against, 0, 0, 0, 0, hashlib.sha256(b"").digest())
 
 
 def record_size(length: int) -> int:
