@@ -1,11 +1,14 @@
-"""Bits rot on the disks of running nodes: no reader ever sees it, all is found, and all is made good."""
+"""Bits rot on the disks of running nodes, and whole superblocks go bad: no reader ever sees it, all is found,
+and all is made good."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import random
+import zlib
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -13,12 +16,12 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from tests.at_rest import at_rest
-from tests.cluster import running_mesh, vstack, with_client
+from tests.at_rest import at_rest, everybody_answers
+from tests.cluster import running_mesh, vstack, wait_for, with_client
 from tests.kept import QUICK, content, eventually, figures, put, set_policy, until
 from tests.test_store_check import run as vstack_node
 from vstack.client.catalogue import Video, chunk_table
-from vstack.local import LocalNode
+from vstack.local import LocalMesh, LocalNode, NodeFailed
 from vstack.mesh.config import NodeId
 from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.registers import ERASURE, PieceKey
@@ -26,6 +29,7 @@ from vstack.node.disk import Disk
 from vstack.node.scan import Found, scan
 from vstack.node.superblock import (
     FILE_HEADER_BYTES,
+    FORMAT,
     RECORD_HEADER_BYTES,
     Kind,
     Record,
@@ -250,3 +254,110 @@ def test_a_thousand_pieces_with_rotting_bits_are_read_found_and_restored(
             dead += sum(int(line.split()[2]) for line in checked.stdout.splitlines() if "dead" in line)
         # Two that follow each other without their headers are one place.
         assert 0.9 * flipped < dead <= flipped
+
+
+# Whole superblocks
+
+
+def restart(node: LocalNode, mesh: LocalMesh) -> None:
+    node.start(mesh.peers, detach=False, extra=mesh.options)
+    node.wait_ready()
+
+
+def in_two_superblocks(node: LocalNode, mesh: LocalMesh) -> None:
+    """What the node stores from now on lies in another superblock than what it has."""
+    node.kill()
+    restart(node, mesh)
+
+
+@pytest.mark.parametrize("harm", ["garbage", "shorter garbage", "removed"])
+def test_what_a_node_loses_with_a_superblock_is_restored_and_it_serves_the_rest(
+    tmp_path: Path, harm: str
+) -> None:
+    async def work(mesh: MeshClient) -> None:
+        await set_policy(mesh, msgspec.structs.replace(QUICK, repair_delay=1000, undelete=1000))
+        victim = local.nodes[1]
+        first = await put(mesh, tmp_path, 6 << 20)
+        in_two_superblocks(victim, local)
+        await eventually(partial(everybody_answers, mesh))
+        second = await put(mesh, tmp_path, 6 << 20)
+        videos = [first[0], second[0]]
+        for video in videos:
+            await until(mesh, video, lambda k: k.whole and k.named[victim.node] == len(k.records))
+        victim.stop()
+        path = superblock_path(folder_of(victim), 1)
+        size = path.stat().st_size
+        if harm == "removed":
+            path.unlink()
+        else:
+            path.write_bytes(random.Random(6).randbytes(size if harm == "garbage" else size // 2))
+        restart(victim, local)
+        await eventually(partial(everybody_answers, mesh))
+        there = [piece for piece in await all_named(mesh, [second[0]]) if piece.node == victim.node]
+        assert await sound_pieces(mesh, there) == len(there) > 0
+        for video, data in (first, second):
+            assert await content(mesh, video, tmp_path) == data
+        await mesh.hasten(victim.node, "scrub")
+
+        async def is_restored() -> bool:
+            named = await all_named(mesh, videos)
+            sound = await sound_pieces(mesh, named) == len(named)
+            return sound and not await store_figure(mesh, "quarantined")
+
+        await eventually(is_restored, within=120)
+        for video, data in (first, second):
+            assert await content(mesh, video, tmp_path) == data
+            await until(mesh, video, lambda k: k.whole and k.named[victim.node] == len(k.records))
+        if harm == "garbage":  # all of it is dead now, and goes like any other
+            await asyncio.to_thread(wait_for, lambda: not path.exists())
+        victim.stop()
+        if harm == "shorter garbage":  # nobody can say what was in it: it is the operator's to remove
+            checked = vstack_node(victim.data, "--check")
+            assert checked.returncode == 1
+            assert "superblock 1 at 0: its header is damaged" in checked.stdout
+            path.unlink()
+        restart(victim, local)
+        await eventually(partial(everybody_answers, mesh))
+        assert await is_restored()
+        victim.stop()
+        checked = vstack_node(victim.data, "--check")
+        assert checked.returncode == 0, checked.stdout
+
+    with running_mesh(tmp_path / "mesh") as local:
+        with_client(local, work)
+
+
+def test_a_superblock_of_a_newer_format_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    def all_files() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in (node.data / "store").rglob("*") if path.is_file()}
+
+    async def fill(mesh: MeshClient) -> tuple[Video, bytes]:
+        return await put(mesh, tmp_path, 3 << 20)
+
+    async def is_there(mesh: MeshClient) -> None:
+        assert await content(mesh, video, tmp_path) == data
+
+    with running_mesh(tmp_path / "mesh", 1) as local:
+        (node,) = local.nodes
+        video, data = with_client(local, fill)
+        node.stop()
+        path = superblock_path(folder_of(node), 1)
+        ours = path.read_bytes()
+        newer = bytearray(ours)
+        for copy in (0, 2048):
+            newer[copy + 8 : copy + 10] = (FORMAT + 1).to_bytes(2, "big")
+            newer[copy + 60 : copy + 64] = zlib.crc32(newer[copy : copy + 60]).to_bytes(4, "big")
+        path.write_bytes(newer)
+        before = all_files()
+        with pytest.raises(NodeFailed, match=f"superblock 1 has format {FORMAT + 1}.*: update vstack"):
+            restart(node, local)
+        assert node.stop() == 1
+        assert all_files() == before
+        for words in (("--check",), ("--rebuild-index",)):
+            done = vstack_node(node.data, *words)
+            assert done.returncode == 1
+            assert "update vstack" in done.stderr
+        assert path.read_bytes() == newer
+        path.write_bytes(ours)
+        restart(node, local)
+        with_client(local, is_there)
