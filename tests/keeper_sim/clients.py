@@ -36,6 +36,7 @@ from vstack.mesh.registers import (
     VideoRecord,
     ViewRecord,
     chunk_key,
+    given_up,
     pack,
     unpack_video,
     unpack_views,
@@ -134,6 +135,7 @@ class Clients:
             record = VideoRecord(
                 state="uploading", title="t", redundancy="auto", recipe="r", source_size=1,
                 erasure=Scheme(*w.profile.erasure),
+                before=b"" if before is None else pack(msgspec.structs.replace(before[1], upload=before[0])),
             )  # fmt: skip
             outcome = await self._mesh.change(Change(video_key(video), found.version, pack(record)))
             if isinstance(outcome, Mismatch):
@@ -154,15 +156,10 @@ class Clients:
             init = InitPiece(len(data), hashlib.sha256(data).digest(), places)
         if failed is not None or w.chance(0.1):
             if w.chance(0.5):
-                end = (
-                    msgspec.structs.replace(record, state="aborted", upload=upload, waited=0)
-                    if before is None
-                    else msgspec.structs.replace(before[1], upload=before[0])
-                )
-                await self._end(video, upload, version, end)
+                await self._end(video, upload, version, given_up(record, upload))
             raise failed or _GivenUp
         ready = msgspec.structs.replace(
-            record, state="ready", upload=upload, init=init, chunks=chunks, waited=0
+            record, state="ready", upload=upload, init=init, chunks=chunks, waited=0, before=b""
         )  # fmt: skip
         await self._end(video, upload, version, ready)
 

@@ -173,8 +173,9 @@ class Ledger:
                 state is not None and state.state == "uploading" and upload == self.live_uploads(video)[0]
             )
             for generation, puts in self._written[video, upload, index].items():
-                may_be_named = generation.against == version or (is_open and generation.node == NO_NODE)
-                if may_be_named and not self._would_do(known, puts, lost):
+                if is_open and generation.node == NO_NODE:
+                    return False  # its client relies on what was acknowledged
+                if generation.against == version and not self._would_do(known, puts, lost):
                     return False
         return True
 
@@ -201,23 +202,21 @@ class Ledger:
         return record is not None and record.state == "uploading" and upload_id(record, version) == upload
 
     def _would_do(self, known: ChunkRecord | None, puts: dict[Held, Scheme], lost: set[Held]) -> bool:
-        """Whether the chunk could be read if a keeper that has written `puts` made the register name them."""
+        """Whether the chunk could be read if a keeper that has written `puts` made the register name them, or
+        only some: it may not hear of the others."""
         scheme = next(iter(puts.values()))
-        good = [h for h in puts if h not in lost and self.good(h)]
+        good = {h.key.piece for h in puts if h not in lost and self.good(h)}
         if scheme.k == 1:
             return bool(good)
         if known is None or known.scheme != scheme:
-            return scheme.m - (len(puts) - len(good)) >= scheme.k
-        new = {h.key.piece for h in puts}
+            return scheme.m - len({h.key.piece for h in puts} - good) >= scheme.k
         example = next(iter(puts)).key
         kept = {
             p.piece
             for p in known.places
-            if (h := Held(p.node, known.key(example.video, example.upload, p))) not in lost
-            and p.piece not in new
-            and self.good(h)
+            if (h := Held(p.node, known.key(example.video, example.upload, p))) not in lost and self.good(h)
         }
-        return len(kept) + len({h.key.piece for h in good}) >= scheme.k
+        return len(kept - ({h.key.piece for h in puts} - good)) >= scheme.k
 
     # -- events -----------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from os import cpu_count
 from time import perf_counter
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tests.keeper_sim.ledger import Violation
 from tests.keeper_sim.mutants import MUTANTS
+from tests.keeper_sim.profile import PROFILES
 from tests.keeper_sim.world import World
 
 SLICE = 10
@@ -20,6 +21,7 @@ SLICE = 10
 
 
 class Job(NamedTuple):
+    profile: str
     first: int
     seeds: int
     mutant: str = ""
@@ -31,17 +33,18 @@ class Report(NamedTuple):
     """One line each: how to see it again, and what it is."""
 
 
-def again(seed: int, mutant: str = "") -> str:
+def again(profile: str, seed: int, mutant: str = "") -> str:
     """The line that runs one seed again."""
-    return f"python -m tests.keeper_sim.main --seed {seed}" + (f" --mutant {mutant}" if mutant else "")
+    variant = f" --mutant {mutant}" if mutant else ""
+    return f"python -m tests.keeper_sim.main --profile {profile} --seed {seed}{variant}"
 
 
-def violation_of(seed: int, mutant: str = "") -> tuple[str, Counter[str]]:
+def violation_of(profile: str, seed: int, mutant: str = "") -> tuple[str, Counter[str]]:
     """Runs one seed: what was violated, empty if nothing, and what happened in it."""
     if mutant:
         with MUTANTS[mutant].in_force() as parts:
-            return _run(World(seed, parts=parts))
-    return _run(World(seed))
+            return _run(World(seed, profile, parts))
+    return _run(World(seed, profile))
 
 
 def _run(world: World) -> tuple[str, Counter[str]]:
@@ -55,24 +58,25 @@ def _run(world: World) -> tuple[str, Counter[str]]:
 def run(job: Job) -> Report:
     report = Report(Counter(), [])
     for seed in range(job.first, job.first + job.seeds):
-        violation, figures = violation_of(seed, job.mutant)
+        violation, figures = violation_of(job.profile, seed, job.mutant)
         report.figures.update(figures)
         report.figures["seeds"] += 1
         if violation:
-            report.failures.append(f"{again(seed, job.mutant)}    # {violation[:300]}")
+            report.failures.append(f"{again(job.profile, seed, job.mutant)}    # {violation[:300]}")
     return report
 
 
 def first_caught(job: Job) -> int | None:
     """The first seed of the job that shows a violation."""
     seeds = range(job.first, job.first + job.seeds)
-    return next((seed for seed in seeds if violation_of(seed, job.mutant)[0]), None)
+    return next((seed for seed in seeds if violation_of(job.profile, seed, job.mutant)[0]), None)
 
 
-def run_all(job: Job, workers: int | None = None) -> Iterator[Report]:
+def run_all(jobs: Iterable[Job], workers: int | None = None) -> Iterator[Report]:
     """Reports as they come, in order."""
     slices = [
         job._replace(first=first, seeds=min(SLICE, job.first + job.seeds - first))
+        for job in jobs
         for first in range(job.first, job.first + job.seeds, SLICE)
     ]
     if workers == 1:
@@ -84,22 +88,25 @@ def run_all(job: Job, workers: int | None = None) -> Iterator[Report]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.keeper_sim.main", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, of each profile")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--profile", choices=(*PROFILES, "all"), default="all")
     parser.add_argument("--mutant", choices=MUTANTS, default="", help="run a wrong variant instead")
     parser.add_argument("--jobs", type=int, default=None, help="processes; one per core by default")
     options = parser.parse_args(arguments)
     began = perf_counter()
     figures: Counter[str] = Counter()
     failures = 0
-    for report in run_all(Job(options.seed, options.seeds, options.mutant), options.jobs):
+    profiles = PROFILES if options.profile == "all" else (options.profile,)
+    jobs = [Job(p, options.seed, options.seeds, options.mutant) for p in profiles]
+    for report in run_all(jobs, options.jobs):
         figures.update(report.figures)
         failures += len(report.failures)
         for line in report.failures:
             print(line, flush=True)
     seconds = perf_counter() - began
     told = ", ".join(f"{n} {what}" for what, n in sorted(figures.items()))
-    print(f"{told}; {failures} violations, {seconds:.1f} s ({options.seeds / seconds:.1f} seeds/s)")
+    print(f"{told}; {failures} violations, {seconds:.1f} s ({figures['seeds'] / seconds:.1f} seeds/s)")
     return 1 if failures else 0
 
 

@@ -58,8 +58,8 @@ class Profile:
         )
 
 
-def draw(random: Random) -> Profile:
-    """Swarm testing: each seed has its own mix, and leaves many faults out altogether."""
+def _mixed(random: Random) -> Profile:
+    """Each seed has its own mix, and leaves many faults out altogether."""
 
     def sometimes(most: float, share: float = 0.5) -> float:
         return random.uniform(0.2, 1.0) * most if random.random() < share else 0.0
@@ -86,7 +86,71 @@ def draw(random: Random) -> Profile:
         losses=sometimes(0.06),
         joins=sometimes(0.05),
         drains=sometimes(0.05),
-        rot=sometimes(0.5),
+        rot=sometimes(1.0),
         fulls=sometimes(0.05),
         years=sometimes(0.05, 0.2),
     )
+
+
+def _late(random: Random) -> Profile:
+    """Two keepers at once, changes that happen when nobody expects them any more, garbage that goes soon."""
+    return Profile(
+        nodes=random.choice((3, 4, 5)),
+        erasure=random.choice(((2, 3), (2, 4))),
+        repair_delay=random.choice((1, 3)),
+        grace=random.choice((0, 1, 2)),
+        undelete=60,
+        videos=1,
+        chunks=1,
+        seconds=60.0,
+        lag=random.choice((0.02, 0.1)),
+        loss=random.uniform(0.0, 0.15),
+        unknown=random.uniform(0.1, 0.5),
+        late=random.choice((3.0, 10.0, 30.0)),
+        uses=random.uniform(0.5, 1.5),
+        silences=random.uniform(0.1, 0.4),
+        joins=random.choice((0.0, 0.05)),
+        drains=random.choice((0.0, 0.05)),
+    )
+
+
+def _brink(random: Random) -> Profile:
+    """As much is lost all the time as the mesh just survives, and writes fail."""
+    return Profile(
+        nodes=random.choice((3, 4, 5, 6)),
+        erasure=random.choice(((3, 5), (2, 3), (2, 4))),
+        repair_delay=random.choice((1, 3)),
+        grace=random.choice((1, 4)),
+        undelete=60,
+        videos=1,
+        chunks=2,
+        seconds=60.0,
+        loss=random.uniform(0.0, 0.2),
+        uses=random.uniform(0.1, 0.6),
+        crashes=random.choice((0.0, 0.1)),
+        silences=random.uniform(0.0, 0.2),
+        losses=random.uniform(0.0, 0.1),
+        joins=0.1,
+        drains=random.uniform(0.0, 0.15),
+        rot=random.uniform(0.5, 6.0),
+        fulls=random.uniform(0.0, 0.5),
+    )
+
+
+def _partial(random: Random) -> Profile:
+    """Listings miss what is there, reads fail; videos come and go."""
+    return Profile(
+        nodes=random.choice((2, 3, 5)),
+        grace=random.choice((1, 3)),
+        undelete=random.choice((2, 5)),
+        videos=2,
+        chunks=3,
+        seconds=40.0,
+        incomplete=random.uniform(0.2, 0.7),
+        unavailable=random.uniform(0.0, 0.1),
+        uses=random.uniform(0.5, 2.0),
+        crashes=random.choice((0.0, 0.1)),
+    )
+
+
+PROFILES = {"mixed": _mixed, "late": _late, "brink": _brink, "partial": _partial}

@@ -52,6 +52,8 @@ class Scene:
         """Raises Violation."""
         for node in self.nodes:
             node.boot_up()
+        for node in self.nodes:
+            node.look()
         self.world.do(schedule)
 
     @property
@@ -62,6 +64,12 @@ class Scene:
     def version(self) -> int:
         """Of the chunk's register."""
         return self.ledger.registers.read(self.target.key).version
+
+    @property
+    def state(self) -> str:
+        """Of the video; gone if there is no such video any more."""
+        record = self.ledger.video(self.video)[1]
+        return "gone" if record is None else record.state
 
     @property
     def record(self) -> ChunkRecord:

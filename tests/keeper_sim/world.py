@@ -18,7 +18,7 @@ from tests.keeper_sim.disk import Disk
 from tests.keeper_sim.ledger import Held, Ledger, Violation
 from tests.keeper_sim.loop import VirtualLoop
 from tests.keeper_sim.mesh import SimMesh
-from tests.keeper_sim.profile import Profile, draw
+from tests.keeper_sim.profile import PROFILES, Profile
 from vstack.mesh.config import Config, Member, NodeId
 from vstack.mesh.placement import choose_scheme
 from vstack.mesh.registers import INIT_INDEX, ChunkRecord, Place, unpack_views, views_prefix
@@ -127,9 +127,10 @@ class SimNode:
 class World:
     """One seed. `run` it once."""
 
-    def __init__(self, seed: int, profile: Profile | None = None, parts: Parts | None = None) -> None:
+    def __init__(self, seed: int, profile: Profile | str = "mixed", parts: Parts | None = None) -> None:
+        """`profile`: or the name of one that the seed draws."""
         self.random = Random(seed)
-        self.profile = profile or draw(self.random)
+        self.profile = PROFILES[profile](self.random) if isinstance(profile, str) else profile
         self.parts = parts or Parts()
         self.loop = VirtualLoop()
         self.day = 20_000
