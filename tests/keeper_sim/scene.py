@@ -38,9 +38,9 @@ GRACE, UNDELETE = 10, 30
 class Scene:
     """Time passes only while the schedule sleeps or asks for something; nothing fails but what it breaks."""
 
-    def __init__(self, nodes: int, parts: Parts | None = None) -> None:
+    def __init__(self, nodes: int, parts: Parts | None = None, seed: int = 0) -> None:
         profile = Profile(nodes=nodes, videos=1, grace=GRACE, undelete=UNDELETE, repair_delay=5, lag=0.001)
-        self.world = World(0, profile, parts)
+        self.world = World(seed, profile, parts)
         self.nodes = list(self.world.nodes.values())
         self.ledger = self.world.ledger
         self.client = SimMesh(self.world, CLIENT)
