@@ -33,7 +33,7 @@ from ingest import Watch, quantile_ms, set_policy
 from vstack.cli import interrupt, show
 from vstack.client.catalogue import Video, chunk_table, read_video, verify_video
 from vstack.client.fetcher import ChunkFetcher
-from vstack.client.player import Player
+from vstack.client.player import Playback, Player
 from vstack.client.uploader import UploadOptions, upload
 from vstack.errors import MeshUnavailable, VstackError
 from vstack.local import LocalMesh, free_port
@@ -54,9 +54,11 @@ CHUNKS_A_SESSION = 8
 """That a reader fetches of a video."""
 BEHIND = 1.0
 """Seconds by which a reader may be late; what it was to read in more than that is left out."""
-WARM_UP = 1.0
 SAMPLE_SECONDS = 4.0
-FILM_SECONDS = 60.0
+FILM_SECONDS = 180.0
+"""The film is looped to this length: players decode as fast as they can only when they begin."""
+BUFFERED = 20.0
+"""Seconds of the film that each player has ahead when it is measured."""
 SLOW, HELD, FREE = 2_000_000, 16_000_000, 1 << 40
 """Bytes a second that each keeper may read and write: until the second loss is noticed, then, and in the
 end."""
@@ -75,7 +77,8 @@ WITHIN = 300.0
 
 @dataclass
 class Load:
-    """Readers at a steady pace, and players, until it is cancelled."""
+    """Readers at a steady pace, and players, until it is cancelled. A reader has one chunk under way: where
+    it could not keep its pace, its reads began late."""
 
     mesh: MeshClient
     videos: Sequence[Video]
@@ -83,18 +86,20 @@ class Load:
     pace: float
     """Chunks a second, of all readers together."""
     rng: Random
-    reads: list[tuple[float, float]] = field(default_factory=list)
-    """(when it was due, seconds from then until it was there) of each chunk."""
+    reads: list[tuple[float, float, float]] = field(default_factory=list)
+    """(when it was due, when it was asked for, when it was there) of each chunk."""
     failed: list[str] = field(default_factory=list)
     rebuffers: int = 0
     stalled: float = 0.0
     played: float = 0.0
     decode_errors: int = 0
+    now_playing: dict[int, Playback] = field(default_factory=dict)
+    """By player."""
 
     async def run(self) -> None:
         """Raises nothing that the mesh can cause: it is in `failed`."""
         await asyncio.gather(
-            *(self._read(i) for i in range(READERS)), *(self._play() for _ in range(PLAYERS))
+            *(self._read(i) for i in range(READERS)), *(self._play(i) for i in range(PLAYERS))
         )
 
     async def _read(self, number: int) -> None:
@@ -107,17 +112,26 @@ class Load:
                 async with ChunkFetcher(self.mesh, video.id, video.upload) as fetcher:
                     for record in self.rng.choices(table, k=CHUNKS_A_SESSION):
                         await asyncio.sleep(max(0.0, due - time.monotonic()))
+                        asked = time.monotonic()
                         await fetcher.fetch(record)
-                        self.reads.append((due, time.monotonic() - due))
+                        self.reads.append((due, asked, time.monotonic()))
                         due += READERS / self.pace
             except VstackError as e:
                 self.failed.append(str(e))
             due = max(due, time.monotonic() - BEHIND)
 
-    async def _play(self) -> None:
+    @property
+    def is_steady(self) -> bool:
+        """Whether all players have filled their buffers."""
+        return len(self.now_playing) == PLAYERS and all(
+            p.buffered >= BUFFERED for p in self.now_playing.values()
+        )
+
+    async def _play(self, number: int) -> None:
         """One viewer after the other, each to the end of the film, in real time."""
         while True:
             player = Player(self.mesh, self.film)
+            self.now_playing[number] = player.playback
             try:
                 await player.play()
             except VstackError as e:
@@ -131,12 +145,15 @@ class Load:
 
     def between(self, begin: float, end: float) -> dict[str, object]:
         """What readers saw of the chunks that were due between two moments; no times if none were."""
-        took = sorted(t for at, t in self.reads if begin <= at < end)
+        reads = [r for r in self.reads if begin <= r[0] < end]
+        took = sorted(there - asked for _, asked, there in reads)
+        late = sorted(asked - due for due, asked, _ in reads)
         times = {"p50_ms": 0.5, "p99_ms": 0.99, "max_ms": 1.0}
         return {
             "seconds": round(end - begin, 1),
-            "reads": len(took),
-            **{name: quantile_ms(took, q) if took else None for name, q in times.items()},
+            "reads": len(reads),
+            **{name: quantile_ms(took, q) if reads else None for name, q in times.items()},
+            "late_p50_ms": quantile_ms(late, 0.5) if reads else None,
         }
 
 
@@ -212,9 +229,10 @@ def order_of_repair(
 ) -> dict[str, object]:
     """Whether the most endangered chunks came first, of each keeper by itself.
 
-    `since`: when each of them knew of both losses. A chunk is out of order if more than HANDS chunks of the
-    same keeper that could lose fewer pieces were restored at a later look than this one: so many may have
-    been under way already.
+    `since`: when each of them was first seen to know of both losses. A chunk is out of order if more than
+    HANDS chunks of the same keeper that could lose fewer pieces were restored at a later look than this one:
+    so many may have been under way already. HANDS chunks of each keeper do not count: those that it was at
+    when it learnt of the second loss.
     """
     sequences: list[str] = []
     out_of_order = 0
@@ -225,7 +243,8 @@ def order_of_repair(
             if c.at > knew and keeper(c.key) == node and any(p.node in lost for p in c.before.places)
         ]
         sequences.append("".join(str(s) for _, s in mine))
-        out_of_order += sum(sum(a > at and b < s for a, b in mine) > HANDS for at, s in mine)
+        early = sum(sum(a > at and b < s for a, b in mine) > HANDS for at, s in mine)
+        out_of_order += max(0, early - HANDS)
     return {"spare_before": sequences, "out_of_order": out_of_order, "chunks": sum(map(len, sequences))}
 
 
@@ -340,12 +359,13 @@ async def store_bytes(mesh: MeshClient, folder: Path, size: int) -> list[Video]:
 
 
 async def store_film(mesh: MeshClient, folder: Path, path: Path | None) -> Video:
-    """The one at `path`, or a generated one."""
+    """The one at `path`, or a generated one, looped."""
     if path is None:
-        turn, path = folder / "turn.mp4", folder / "film.mp4"
-        await asyncio.to_thread(make_sample, turn, seconds=SAMPLE_SECONDS)
-        await asyncio.to_thread(loop_copy, turn, path, FILM_SECONDS)
-    return (await upload(mesh, path, UploadOptions("film", "erasure"))).video
+        path = folder / "turn.mp4"
+        await asyncio.to_thread(make_sample, path, seconds=SAMPLE_SECONDS)
+    film = folder / "film.mp4"
+    await asyncio.to_thread(loop_copy, path, film, FILM_SECONDS)
+    return (await upload(mesh, film, UploadOptions("film", "erasure"))).video
 
 
 def _random_file(path: Path, size: int) -> None:
@@ -380,6 +400,7 @@ async def measure(
         return next(n for n in group(mesh.config, key_subject(key)) if n not in lost)
 
     async with AsyncExitStack() as stack:
+        await asyncio.to_thread(os.sync)  # what storing left to write is not the readers' burden
         watches = {n: await stack.enter_async_context(Watch(mesh, n)) for n in (*left, second.node)}
         timeline = await stack.enter_async_context(Timeline(mesh))
         meter = Meter(list(watches.values()))
@@ -399,7 +420,7 @@ async def measure(
 
             return enough
 
-        await asyncio.sleep(WARM_UP)
+        await wait(meter, "the players have filled their buffers", lambda: load.is_steady)
         begun = time.monotonic()
         bar.update("healthy", 0, 0)
         await asyncio.sleep(options.seconds)
@@ -443,6 +464,7 @@ async def measure(
             "free": {"allowed_mb_s": None, **free.as_json()},
         },
         "all": meter.whole.per_byte(),
+        "tried_again": round(sum(w.figure(f) for w in watches.values() for f in ("failed", "unknown"))),
         "order": order_of_repair(timeline.changes, knew, keeper, lost),
         "reads": {
             "before": load.between(begun, killed),
@@ -505,10 +527,10 @@ def print_report(report: dict[str, object]) -> None:
     lines = []
     for name, row in cast("dict[str, dict[str, float | None]]", report["reads"]).items():
         lines.append((name, *("" if value is None else f"{value}" for value in row.values())))
-    show.table(("chunk reads", "s", "reads", "p50 ms", "p99", "max"), lines, right=(1, 2, 3, 4, 5))
+    columns = ["chunk reads", "s", "reads", "p50 ms", "p99", "max", "begun late, p50"]
+    show.table(columns, lines, right=tuple(range(1, 7)))
     show.out.print()
     lines = []
-    columns: list[str] = []
     for name, spent in cast("dict[str, dict[str, float | None]]", report["spent"]).items():
         lines.append((name, *("" if value is None else f"{value}" for value in spent.values())))
         columns = [column.replace("_", " ") for column in spent]
@@ -522,6 +544,7 @@ def print_report(report: dict[str, object]) -> None:
         show.out.print(f"  {sequence}", markup=False)
     for name, value in cast("dict[str, float]", report["all"]).items():
         show.out.print(f"{name.replace('_', ' ')}, all in all: {value}")
+    show.out.print(f"chunks that a keeper had to try again: {report['tried_again']}")
     playback = cast("dict[str, float]", report["playback"])
     show.out.print(
         f"failed reads: {len(cast('list[str]', report['failed']))}; playback: "
