@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 from itertools import count
+from pathlib import Path
 
+import msgspec
 import pytest
 
-from tests.keeper_sim.scene import UNDELETE, Scene
+from tests.cluster import running_mesh, with_client
+from tests.keeper_sim.scene import GRACE, UNDELETE, Scene
+from tests.kept import content, put
+from vstack.client.catalogue import read_video
+from vstack.client.uploader import Progress, UploadOptions, upload
+from vstack.errors import BadInput
 from vstack.mesh.config import group
-from vstack.mesh.mesh_client import Change
+from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.registers import (
     ERASURE,
     MAX_RECORD,
@@ -19,7 +27,9 @@ from vstack.mesh.registers import (
     SPARE,
     RecordTooLarge,
     VideoRecord,
+    chunk_key,
     pack,
+    unpack_chunk,
     unpack_video,
     video_key,
 )
@@ -97,3 +107,75 @@ def test_what_goes_wrong_with_every_chunk_of_every_pass_is_said_now_and_then() -
     now = SAY_EVERY
     voice.warn("chunk", "chunk 7 could not be mended")
     assert lines[2:] == ["chunk 7 could not be mended"]
+
+
+# -- what is there stays ------------------------------------------------------------------------------
+
+
+def test_what_an_upload_was_to_replace_stands_again_when_nobody_goes_on_with_it() -> None:
+    scene = Scene(3)
+
+    async def schedule() -> None:
+        places = await scene.store(REPLICATED, scene.nodes)
+        keeper = scene.world.nodes[group(scene.world.config, scene.video)[0]].keeper
+        version, stood = scene.ledger.video(scene.video)
+        assert stood is not None
+        again = VideoRecord(
+            state="uploading", title="t", redundancy="auto", recipe="r", source_size=1, before=pack(stood)
+        )
+        await scene.client.change(Change(video_key(scene.video), version, pack(again)))
+        for _ in range(3):
+            await keeper.look()
+            await asyncio.sleep(UNDELETE)
+        for node in scene.nodes:
+            await node.collector.collect()
+            await asyncio.sleep(GRACE + 1)
+            await node.collector.collect()
+        assert scene.ledger.video(scene.video)[1] == stood
+        assert all(scene.has(p) for p in places)
+
+    scene.play(schedule())
+
+
+class _Unplugged(Exception):
+    """A client ends in the middle."""
+
+
+@pytest.mark.processes
+def test_whoever_gives_up_an_upload_that_another_client_began_leaves_what_it_was_to_replace(
+    tmp_path: Path,
+) -> None:
+    def unplug(progress: Progress) -> None:
+        if progress.stage == "uploading":
+            raise _Unplugged
+
+    async def run(client: MeshClient) -> None:
+        first, data = await put(client, tmp_path, 5 << 20)
+        path = next(tmp_path.glob("source-*"))
+        key = chunk_key(first.id, first.upload, 0)
+        found = await client.read(key)
+        assert found.data is not None
+        lost = unpack_chunk(found.data)
+        lost = msgspec.structs.replace(lost, places=tuple(p._replace(node="e" * 32) for p in lost.places))
+        await client.change(Change(key, found.version, pack(lost)))
+        with pytest.raises(_Unplugged):
+            await upload(client, path, UploadOptions(opaque=True), unplug)
+        opened = await read_video(client, first.id)
+        assert opened is not None
+        assert opened.record.state == "uploading"
+        with pytest.raises(BadInput, match="changed"):
+            await upload(
+                client,
+                path,
+                UploadOptions(opaque=True),
+                lambda p: os.utime(path, (1, 1)) if p.stage == "uploading" else None,
+            )
+        now = await read_video(client, first.id)
+        assert now is not None
+        assert (now.record, now.upload) == (first.record, first.upload)
+        again = await upload(client, path, UploadOptions(opaque=True))
+        assert (again.state, again.video.record.before) == ("restored", b"")
+        assert await content(client, again.video, tmp_path) == data
+
+    with running_mesh(tmp_path / "mesh", 3) as mesh:
+        with_client(mesh, run)

@@ -48,6 +48,7 @@ from vstack.mesh.registers import (
     VideoRecord,
     chunk_key,
     chunk_prefix,
+    given_up,
     init_record,
     pack,
     table_hash,
@@ -281,6 +282,7 @@ class _Upload:
             size=sum(e.size for e in entries),
             table=table_hash(entries),
             waited=0,
+            before=b"",
         )
         pack(record, spare=SPARE)
         state = "restored" if self._before is not None else "resumed" if known else "new"
@@ -290,13 +292,7 @@ class _Upload:
         """Gives the upload up, if it was opened: its pieces are garbage from now on. What it was to replace
         stands again. If somebody else ended it meanwhile, that stands."""
         if self._open is not None:
-            if self._before is not None:
-                record = msgspec.structs.replace(self._before.record, upload=self._before.upload)
-            else:
-                record = msgspec.structs.replace(
-                    self._open.record, state="aborted", upload=self._open.upload, waited=0
-                )
-            await self._end(self._open, record)
+            await self._end(self._open, given_up(self._open.record, self._open.upload))
 
     async def _end(self, opened: Video, record: VideoRecord) -> Video | None:
         """Writes what follows the open upload; None if that is not open any more. Its register may have been
@@ -365,6 +361,9 @@ class _Upload:
             known = [unpack_chunk(row.data) for row in page.rows]
             return found, {r.entry.index: r for r in known}
         before = self._before.record if self._before is not None else None
+        stands = b"" if found is None else found.record.before
+        if self._before is not None:
+            stands = pack(msgspec.structs.replace(self._before.record, upload=self._before.upload))
         record = VideoRecord(
             state="uploading",
             title=self._title(before.title if before else ""),
@@ -373,6 +372,7 @@ class _Upload:
             source_size=self.ingest.source_size,
             erasure=self.options.erasure
             or (before.erasure if before else Scheme(*self.mesh.config.policy.erasure)),
+            before=stands,
         )
         outcome = await self.mesh.change(Change(video_key(self.id), expect, pack(record)))
         return None if isinstance(outcome, Mismatch) else (Video(self.id, outcome.version, record), {})

@@ -30,9 +30,10 @@ from vstack.mesh.config import Policy
 MAX_RECORD = 8192
 """Upper bound of a packed record, in bytes."""
 
-SPARE = 512
+SPARE = 1536
 """Bytes below that bound which a video's record leaves free when it becomes ready: for what is written into
-it later, where it is deleted, or its init segment is repaired."""
+it later, where it is deleted, or its init segment is repaired, and for being kept beside an upload which is
+to replace it."""
 
 INIT_INDEX = 0xFFFF_FFFF
 """The chunk index under which a video's init segment is stored as pieces."""
@@ -272,6 +273,9 @@ class VideoRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     waited: int = 0
     """Seconds of the mesh's running time that it has been in its state, as far as keepers have counted:
     for what is done after a while. Starts over with each state."""
+    before: bytes = b""
+    """Of an open upload of a video that could not be wholly read any more: its packed record, which stands
+    again if nothing comes of the upload."""
 
     @property
     def wanted(self) -> Scheme:
@@ -312,6 +316,13 @@ EPOCH_SHIFT = 20
 def upload_id(record: VideoRecord, version: int) -> UploadId:
     """The upload that `record` is about, where `version` is that of its register."""
     return record.upload if record.upload != (0, 0) else UploadId(version >> EPOCH_SHIFT, version)
+
+
+def given_up(record: VideoRecord, upload: UploadId) -> VideoRecord:
+    """What follows the record of an open upload if nothing comes of it. Raises msgspec.DecodeError."""
+    if record.before:
+        return unpack_video(record.before)
+    return msgspec.structs.replace(record, state="aborted", upload=upload, waited=0)
 
 
 _encode = msgspec.msgpack.Encoder().encode

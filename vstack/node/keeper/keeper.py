@@ -32,6 +32,7 @@ from vstack.mesh.registers import (
     UploadId,
     VideoRecord,
     chunk_prefix,
+    given_up,
     init_record,
     pack,
     unpack_chunk,
@@ -345,7 +346,10 @@ class Keeper:
 
     async def _change(self, video: Video, **changes: object) -> Video | None:
         """None if somebody else changed it meanwhile: the next pass sees how it is then."""
-        record = msgspec.structs.replace(video.record, upload=video.upload, **changes)
+        return await self._write(video, msgspec.structs.replace(video.record, upload=video.upload, **changes))
+
+    async def _write(self, video: Video, record: VideoRecord) -> Video | None:
+        """As `_change`."""
         outcome = await self._mesh.change(Change(video_key(video.id), video.version, pack(record)))
         return Video(video.id, outcome.version, record) if isinstance(outcome, Ok) else None
 
@@ -371,7 +375,7 @@ class Keeper:
             if changed is not None:
                 log.info("video %s was deleted: its space is given back now", video.id[:12])
         else:
-            changed = await self._change(video, state="aborted", waited=0)
+            changed = await self._write(video, given_up(video.record, video.upload))
             if changed is not None:
                 log.info("the upload of video %s was given up: nobody goes on with it", video.id[:12])
         if waited >= undelete:
