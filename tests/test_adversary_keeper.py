@@ -18,22 +18,27 @@ from tests.kept import content, put
 from vstack.client.catalogue import read_video
 from vstack.client.uploader import Progress, UploadOptions, upload
 from vstack.errors import BadInput
-from vstack.mesh.config import group
+from vstack.mesh.config import Member, group
 from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.registers import (
     ERASURE,
     MAX_RECORD,
     REPLICATED,
     SPARE,
+    ChunkEntry,
+    ChunkRecord,
+    Place,
     RecordTooLarge,
+    Scheme,
     VideoRecord,
     chunk_key,
     pack,
     unpack_chunk,
     unpack_video,
+    uploaded,
     video_key,
 )
-from vstack.node.keeper.plan import Nodes
+from vstack.node.keeper.plan import Nodes, plan
 from vstack.node.keeper.voice import SAY_EVERY, Voice
 
 # -- one node, or one video, does not hold up the rest -------------------------------------------------
@@ -179,3 +184,13 @@ def test_whoever_gives_up_an_upload_that_another_client_began_leaves_what_it_was
 
     with running_mesh(tmp_path / "mesh", 3) as mesh:
         with_client(mesh, run)
+
+
+def test_nodes_that_are_to_take_nothing_do_not_count_as_room_for_fragments() -> None:
+    members = [Member(f"{i:032x}", f"n{i}:7400", weight=int(i < 2)) for i in range(4)]
+    where = [0, 1, 2, 3, 0]
+    places = tuple(Place(members[n].node, i, bytes(32), uploaded(ERASURE)) for i, n in enumerate(where))
+    record = ChunkRecord(ChunkEntry(0, 0, 1, 100, bytes(32)), ERASURE, places)
+    work = plan("ab" * 32, record, ERASURE, Nodes(members))
+    assert work is not None
+    assert (work.scheme, {n for _, n in work.write}) == (Scheme(1, 2), {m.node for m in members[:2]})

@@ -14,7 +14,7 @@ from enum import IntEnum
 
 from vstack.erasure import fragment_size
 from vstack.mesh.config import Member, NodeId
-from vstack.mesh.placement import choose_scheme, next_holder, order
+from vstack.mesh.placement import choose_scheme, next_holder, order, takers
 from vstack.mesh.registers import ChunkRecord, Place, Scheme
 
 
@@ -43,7 +43,7 @@ class Nodes:
 
     def usable(self) -> list[Member]:
         """Where pieces are to lie."""
-        return [m for m in self.members if not m.draining and m.node not in self.gone]
+        return [m for m in takers(self.members) if m.node not in self.gone]
 
 
 @dataclass(frozen=True)
