@@ -64,8 +64,6 @@ class Ledger:
         self.registers = Registers(self._on_change)
         self.violation: Violation | None = None
         """The first one."""
-        self.before: dict[str, tuple[UploadId, VideoRecord]] = {}
-        """Of videos that are uploaded again: what stands again if that fails."""
         self._unnamed: dict[Held, float] = {}
         """When a piece was last named, of those that are not any more."""
         self._over: dict[tuple[str, UploadId], float] = {}
@@ -103,8 +101,8 @@ class Ledger:
         if record is None or record.state == "aborted":
             return []
         live = [upload_id(record, version)]
-        if record.state == "uploading" and video in self.before:
-            live.append(self.before[video][0])
+        if (before := _before(record)) is not None:
+            live.append(before.upload)
         return live
 
     def records(self, video: str) -> list[tuple[UploadId, int, ChunkRecord, int]]:
@@ -114,8 +112,8 @@ class Ledger:
             return []
         out: list[tuple[UploadId, int, ChunkRecord, int]] = []
         inits = [record]
-        if record.state == "uploading" and video in self.before:
-            inits.append(self.before[video][1])
+        if (before := _before(record)) is not None:
+            inits.append(before)
         for upload, one in zip(self.live_uploads(video), inits, strict=True):
             if one.init is not None:
                 out.append((upload, INIT_INDEX, init_record(one.init), version))
@@ -298,20 +296,15 @@ class Ledger:
     def _on_video(self, key: str, was: Cell, now: Cell) -> None:
         video = key_subject(key)
         old, new = (None if c.data is None else unpack_video(c.data) for c in (was, now))
-        if new is not None and new.state == "uploading" and (old is None or old.state != "uploading"):
-            self.before.pop(video, None)
-            if old is not None and old.state in ("ready", "deleted"):
-                self.before[video] = upload_id(old, was.version), old
-        ended = {u for v, u in self._over if v == video}
         self._on_names(self._names_of_video(video, was), self._names_of_video(video, now), "video")
         live = self.live_uploads(video)
         for cell, record in ((was, old), (now, new)):
             if record is not None:
                 upload = upload_id(record, cell.version)
-                if upload not in live:
-                    self._over.setdefault((video, upload), self._now())
-        if video in self.before and self.before[video][0] not in (*live, *ended):
-            self._over.setdefault((video, self.before[video][0]), self._now())
+                before = _before(record)
+                for one in [upload] if before is None else [upload, before.upload]:
+                    if one not in live:
+                        self._over.setdefault((video, one), self._now())
         state = None if new is None else new.state
         if state == "deleted" and (old is None or old.state not in ("deleted", "uploading")):
             self._deleted[video] = self._now()
@@ -331,8 +324,8 @@ class Ledger:
             return set()
         record = unpack_video(cell.data)
         named = _names_of_init(video, upload_id(record, cell.version), record)
-        if record.state == "uploading" and video in self.before:
-            named |= _names_of_init(video, *self.before[video])
+        if (before := _before(record)) is not None:
+            named |= _names_of_init(video, before.upload, before)
         return named
 
     def _on_names(self, old: set[Held], new: set[Held], by: str) -> None:
@@ -348,6 +341,11 @@ class Ledger:
                 self.fail("COLLECTED", f"{by} named {_show(held.key)}, which is not on {held.node[:4]}")
             elif disk is not None and now - self._spoilt.get(held, now) > LONG:
                 self.fail("CHECKED", f"{by} named {_show(held.key)} of {held.node[:4]}: long damaged")
+
+
+def _before(record: VideoRecord) -> VideoRecord | None:
+    """Of an open upload: what stands again if nothing comes of it."""
+    return unpack_video(record.before) if record.state == "uploading" and record.before else None
 
 
 def _names_of_chunk(key: str, cell: Cell) -> set[Held]:
