@@ -127,6 +127,29 @@ def test_a_damaged_piece_is_fetched_from_elsewhere_and_its_node_is_asked_to_look
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("scheme", "holders"), [(ERASURE, "abcde"), (REPLICATED, "abc")])
+def test_what_need_not_be_decoded_is_not_copied(scheme: Scheme, holders: str) -> None:
+    async def run() -> None:
+        mesh = FakeMesh(noise(1_000_001), scheme, holders)
+        async with fetcher_of(mesh) as fetcher:
+            chunk = await fetcher.fetch(mesh.record)
+        assert all(isinstance(part, memoryview) for part in chunk.parts)
+        assert b"".join(chunk.parts) == mesh.data
+
+    asyncio.run(run())
+
+
+def test_damage_in_the_padding_of_a_fragment_does_no_harm_to_the_chunk() -> None:
+    async def run() -> None:
+        mesh = FakeMesh(noise(1000), ERASURE, "abc")  # without the last fragment there would be too few
+        mesh.pieces[NODES["c"], 2] = mesh.pieces[NODES["c"], 2][:-1] + b"x"
+        async with fetcher_of(mesh) as fetcher:
+            chunk = await fetcher.fetch(mesh.record)
+        assert chunk.data == mesh.data
+
+    asyncio.run(run())
+
+
 def test_pieces_that_are_as_stored_but_make_another_chunk_are_damage() -> None:
     async def run() -> None:
         mesh = FakeMesh(noise(1000), ERASURE, "abcde")
