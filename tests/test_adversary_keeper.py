@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from tests.cluster import running_mesh, with_client
+from tests.keeper_sim.registers import Cell
 from tests.keeper_sim.scene import GRACE, UNDELETE, Scene
 from tests.kept import content, put
 from vstack.client.catalogue import read_video
@@ -30,6 +31,7 @@ from vstack.mesh.registers import (
     Place,
     RecordTooLarge,
     Scheme,
+    UploadId,
     VideoRecord,
     chunk_key,
     pack,
@@ -194,3 +196,28 @@ def test_nodes_that_are_to_take_nothing_do_not_count_as_room_for_fragments() -> 
     work = plan("ab" * 32, record, ERASURE, Nodes(members))
     assert work is not None
     assert (work.scheme, {n for _, n in work.write}) == (Scheme(1, 2), {m.node for m in members[:2]})
+
+
+def test_a_register_that_fell_back_does_not_take_chunks_with_it_that_it_has_not_heard_of() -> None:
+    """Recovery may leave a register at what it said before: that an earlier upload was given up."""
+    scene = Scene(3)
+
+    async def schedule() -> None:
+        places = await scene.store(REPLICATED, scene.nodes)
+        key = video_key(scene.video)
+        stood = scene.ledger.registers._cells[key]
+        earlier = VideoRecord(
+            state="aborted", title="", redundancy="auto", recipe="", source_size=1, upload=UploadId(1, 1)
+        )
+        scene.ledger.registers._cells[key] = Cell(scene.upload.version - 1, pack(earlier))
+        keeper = scene.world.nodes[group(scene.world.config, scene.video)[0]].keeper
+        for _ in range(3):
+            await keeper.look()
+            for node in scene.nodes:
+                await node.collector.collect()
+            await asyncio.sleep(GRACE + 1)
+        assert all(scene.has(p) for p in places)
+        scene.ledger.registers._cells[key] = stood
+        assert scene.record.places == places
+
+    scene.play(schedule())

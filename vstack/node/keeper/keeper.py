@@ -271,6 +271,11 @@ class Keeper:
         """One video; whether all of it could be looked at. Raises nothing: others wait for their turn."""
         try:
             table = await self._mesh.list(f"chunk/{video.id}/")
+            if len(_older(table.rows, video)) < len(table.rows):
+                # It has just been changed, and the next pass sees how; or a recovery has left its register at
+                # what it said before. Then a later version would turn what is there into garbage.
+                self._voice.warn("newer", f"video {video.id[:12]}: there are chunks of a newer upload")
+                return True
             state = video.record.state
             if state in ("aborted", "purging"):
                 await self._purge(video, table)
