@@ -6,8 +6,12 @@ import asyncio
 import hashlib
 import logging
 import os
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -19,7 +23,7 @@ from tests.kept import content, put
 from vstack.client.catalogue import read_video
 from vstack.client.uploader import Progress, UploadOptions, upload
 from vstack.errors import BadInput
-from vstack.mesh.config import Member, group
+from vstack.mesh.config import Config, Member, group
 from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.registers import (
     ERASURE,
@@ -40,7 +44,11 @@ from vstack.mesh.registers import (
     uploaded,
     video_key,
 )
+from vstack.node.keeper import thread
+from vstack.node.keeper.collector import Collector
+from vstack.node.keeper.keeper import Keeper, Sight
 from vstack.node.keeper.plan import Nodes, plan
+from vstack.node.keeper.thread import Keeping
 from vstack.node.keeper.voice import SAY_EVERY, Voice
 
 # -- one node, or one video, does not hold up the rest -------------------------------------------------
@@ -221,3 +229,39 @@ def test_a_register_that_fell_back_does_not_take_chunks_with_it_that_it_has_not_
         assert scene.record.places == places
 
     scene.play(schedule())
+
+
+def test_a_keeper_that_ends_by_an_error_nobody_expected_begins_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    again = threading.Event()
+    began = []
+
+    async def fail_at_first(keeper: Keeper) -> None:
+        began.append(keeper)
+        if len(began) < 3:
+            raise RuntimeError("nobody expected it")
+        again.set()
+        await asyncio.Event().wait()
+
+    @asynccontextmanager
+    async def connect(*_: object, **__: object) -> AsyncIterator[SimpleNamespace]:
+        if not began:
+            began.append(None)
+            raise OSError("too many open files")
+        yield SimpleNamespace()
+
+    async def collect(_: Collector) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(thread, "connect", connect)
+    monkeypatch.setattr(thread, "BEGIN_ANEW", 0.01)
+    monkeypatch.setattr(Keeper, "run", fail_at_first)
+    monkeypatch.setattr(Collector, "run", collect)
+    sight = Sight(Config(1, (), 1), frozenset())
+    keeping = Keeping("0" * 32, 1, "a:1", {}, None, None, sight, lambda: None)  # type: ignore[arg-type]
+    try:
+        assert again.wait(20), "it is gone for ever"
+    finally:
+        keeping.close()
+    assert "begins anew" in caplog.text

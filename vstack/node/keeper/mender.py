@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -133,13 +134,22 @@ class _Open(NamedTuple):
 class Mender:
     """Belongs to one event loop; several `mend` calls may overlap."""
 
-    def __init__(self, mesh: Mesh, node: NodeId, boot: int, budget: Budget, offload: Offload) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        node: NodeId,
+        boot: int,
+        budget: Budget,
+        offload: Offload,
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        """`numbers`: last part of the generations that it writes; another mender of this boot has others."""
         self._mesh = mesh
         self._node = node
         self._boot = boot
         self._budget = budget
         self._offload = offload
-        self._counter = 0
+        self._numbers = count(1) if numbers is None else numbers
 
     async def mend(self, target: Target, wanted: Scheme, nodes: Nodes, bad: Collection[Place] = ()) -> Mended:
         """Reads the register anew, and does what it calls for. Raises nothing that a node or the mesh can
@@ -198,8 +208,7 @@ class Mender:
         work, record = done.work, found.record
         assert work is not None
         payloads = await self._payloads(target, record, work, nodes, bad, done)
-        self._counter += 1
-        generation = Generation(found.version, self._node, self._boot, self._counter)
+        generation = Generation(found.version, self._node, self._boot, next(self._numbers))
         new: list[Place] = []
         for piece, node in work.write:
             _, sha256 = payloads[piece]

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from itertools import count
 from time import monotonic, time
 from typing import Any
 
@@ -21,12 +22,15 @@ from vstack.node.keeper.budget import Budget
 from vstack.node.keeper.collector import Collector
 from vstack.node.keeper.keeper import Keeper, Sight
 from vstack.node.keeper.mender import Mender
+from vstack.node.keeper.voice import Voice
 from vstack.node.store import ChunkStore
 
 log = logging.getLogger(__name__)
 
 FIGURES_EVERY = 0.25
 """Seconds between two looks at the figures."""
+BEGIN_ANEW = 10.0
+"""Seconds after an error that nobody expected."""
 DAY = 86_400
 
 
@@ -54,6 +58,8 @@ class Keeping:
         self._store = store
         self._sight = sight
         self._changed = changed
+        self._pieces = count(1)
+        """Part of the names of pieces: no two menders of this process write under the same."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._keeper: Keeper | None = None
@@ -84,27 +90,30 @@ class Keeping:
         self._thread.join()
 
     def _run(self) -> None:
-        try:
-            asyncio.run(self._main())
-        except Exception:
-            log.exception("the keeper has ended: this node serves, and repairs nothing")
+        asyncio.run(self._main())
 
     async def _main(self) -> None:
+        """Until `close`, whatever happens: without it the node would repair nothing."""
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        voice = Voice(log, monotonic)
         while not self._closing:
+            pause = 1.0
             try:
                 async with connect((self._address,), address_map=self._address_map, keys=self._key) as mesh:
                     mesh.near = self._node
                     await self._keep(mesh)
             except VstackError as e:
-                log.warning("the keeper cannot reach its own node: %s", e)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop.wait(), 1.0)
+                voice.warn("connect", f"the keeper cannot reach its own node: {e}")
+            except Exception:  # noqa: BLE001 - the log has it
+                voice.fail("keeper", f"the keeper has ended, and begins anew in {BEGIN_ANEW:.0f} s")
+                pause = BEGIN_ANEW
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), pause)
 
     async def _keep(self, mesh: Any) -> None:
         assert self._stop is not None
         budget = Budget(lambda: self._sight.config.policy.repair_rate, monotonic)
-        mender = Mender(mesh, self._node, self._boot, budget, asyncio.to_thread)
+        mender = Mender(mesh, self._node, self._boot, budget, asyncio.to_thread, self._pieces)
         keeper = Keeper(mesh, self._node, mender, lambda: self._sight, monotonic, lambda: int(time() // DAY))
         collector = Collector(
             mesh, self._node, self._store, lambda: self._sight, keeper.gone, monotonic, asyncio.to_thread
@@ -123,4 +132,7 @@ class Keeping:
         finally:
             for task in (stop, *tasks):
                 task.cancel()
-            await asyncio.gather(stop, *tasks, return_exceptions=True)
+            _, *ended = await asyncio.gather(stop, *tasks, return_exceptions=True)
+        for error in ended:  # they end only when they are cancelled, or by an error that nobody expected
+            if isinstance(error, Exception):
+                raise error
