@@ -20,6 +20,7 @@ from tests.cluster import running_mesh, with_client
 from tests.keeper_sim.registers import Cell
 from tests.keeper_sim.scene import GRACE, UNDELETE, Scene
 from tests.kept import content, put
+from tests.store_helpers import open_store, outcomes, piece_of, superblocks
 from vstack.client.catalogue import read_video
 from vstack.client.uploader import Progress, UploadOptions, upload
 from vstack.errors import BadInput
@@ -44,6 +45,7 @@ from vstack.mesh.registers import (
     uploaded,
     video_key,
 )
+from vstack.node.index import Index, IndexWriteFailed
 from vstack.node.keeper import thread
 from vstack.node.keeper.collector import Collector
 from vstack.node.keeper.keeper import Keeper, Sight
@@ -235,7 +237,7 @@ def test_a_keeper_that_ends_by_an_error_nobody_expected_begins_anew(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     again = threading.Event()
-    began = []
+    began: list[Keeper | None] = []
 
     async def fail_at_first(keeper: Keeper) -> None:
         began.append(keeper)
@@ -265,3 +267,23 @@ def test_a_keeper_that_ends_by_an_error_nobody_expected_begins_anew(
     finally:
         keeping.close()
     assert "begins anew" in caplog.text
+
+
+def test_a_damaged_piece_is_not_said_to_be_there_when_that_cannot_be_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks may be about to give up other copies for it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise IndexWriteFailed("the disk is full")
+
+    store = open_store(tmp_path)
+    piece = piece_of(1, b"all of it")
+    assert outcomes(store, [piece]) == ["stored"]
+    path = superblocks(tmp_path)[0]
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"all of it", b"not of it"))
+    monkeypatch.setattr(Index, "write", refuse)
+    assert [h.state for h in store.inventory([piece.key], verify=True)] == ["quarantined"]
+    monkeypatch.undo()
+    store.close()

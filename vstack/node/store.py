@@ -385,11 +385,13 @@ class ChunkStore:
     def _holding(self, key: PieceKey, verify: bool, within: float) -> Holding:
         packed = key.pack()
         row = self._index.piece(packed)
-        if row is not None and verify and not self._verified.is_within(row.sequence, within):
+        while row is not None and verify and not self._verified.is_within(row.sequence, within):
             try:
                 return Holding(key, "present", self.verify(key).sha256, True)
             except (PieceNotFound, DamagedData):
-                row = self._index.piece(packed)
+                seen, row = row, self._index.piece(packed)
+                if row == seen:  # damaged, and the index could not take note of it
+                    return Holding(key, "quarantined", row.sha256)
         if row is not None:
             return Holding(key, "present", row.sha256)
         bad = self._index.quarantined.get(packed)
