@@ -48,8 +48,9 @@ from vstack.mesh.registers import (
 from vstack.node.index import Index, IndexWriteFailed
 from vstack.node.keeper import thread
 from vstack.node.keeper.collector import Collector
-from vstack.node.keeper.keeper import Keeper, Sight
-from vstack.node.keeper.plan import Nodes, plan
+from vstack.node.keeper.keeper import Keeper, Queued, Sight
+from vstack.node.keeper.mender import Mended, Target
+from vstack.node.keeper.plan import Nodes, Reason, plan
 from vstack.node.keeper.thread import Keeping
 from vstack.node.keeper.voice import SAY_EVERY, Voice
 
@@ -287,3 +288,52 @@ def test_a_damaged_piece_is_not_said_to_be_there_when_that_cannot_be_written_dow
     assert [h.state for h in store.inventory([piece.key], verify=True)] == ["quarantined"]
     monkeypatch.undo()
     store.close()
+
+
+def test_a_damaged_piece_that_was_made_anew_elsewhere_does_not_stay_in_quarantine_for_ever() -> None:
+    scene = Scene(4)
+
+    async def schedule() -> None:
+        places = await scene.store(REPLICATED, scene.nodes[:3])
+        damaged = scene.nodes[0]
+        assert scene.world.spoil(scene.key_of(places[0]))
+        damaged.disk.scrub()
+        await damaged.collector.collect()
+        await asyncio.sleep(GRACE + 1)
+        await damaged.collector.collect()
+        assert damaged.disk.quarantine, "its register names it still: it is to be made anew"
+        new = scene.put(scene.nodes[3], 0, REPLICATED, scene.generation(scene.nodes[1]))
+        assert await scene.name(REPLICATED, [*places[1:], new])
+        await damaged.collector.collect()
+        assert damaged.disk.quarantine
+        await asyncio.sleep(GRACE + 1)
+        await damaged.collector.collect()
+        assert not damaged.disk.quarantine
+
+    scene.play(schedule())
+
+
+def test_a_keeper_looks_again_before_it_has_moved_all_that_could_lie_better(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What has rotted meanwhile is not to wait for hours."""
+    scene = Scene(3)
+
+    async def mend_slowly(*_: object) -> Mended:
+        await asyncio.sleep(100)
+        return Mended("nothing")
+
+    async def schedule() -> None:
+        keeper = scene.nodes[0].keeper
+        monkeypatch.setattr(scene.nodes[0].mender, "mend", mend_slowly)
+        moves = [
+            Queued((1 << 16, 3), 1, Target(scene.video, scene.upload, i), REPLICATED, 2, Reason.MOVE, ())
+            for i in range(100)
+        ]
+        keeper._queue = list(moves)
+        assert not await keeper._work(keeper._outlook(), 600.0)
+        assert (scene.world.now(), len(keeper._queue)) == (600.0, 88)
+        keeper._queue = moves[:4]
+        assert await keeper._work(keeper._outlook(), 600.0)
+
+    scene.play(schedule())

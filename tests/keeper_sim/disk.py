@@ -51,9 +51,16 @@ class Disk:
 
     def delete(self, keys: Iterable[PieceKey]) -> None:
         for key in keys:
-            if key.pack() in self.pieces:
+            raw = key.pack()
+            if raw in self.pieces:
                 self._on_delete(key)
                 self.remove(key)
+            elif raw in self.quarantine:
+                self._on_delete(key)
+                del self.quarantine[raw]
+
+    def quarantined(self) -> builtins.list[PieceInfo]:
+        return [stored.info for _, stored in sorted(self.quarantine.items())]
 
     def verify(self, key: PieceKey) -> PieceInfo:
         raw = key.pack()

@@ -71,6 +71,8 @@ class Store(Protocol):
         self, prefix: bytes = b"", after: bytes = b"", limit: int = 1000
     ) -> builtins.list[PieceInfo]: ...
 
+    def quarantined(self) -> builtins.list[PieceInfo]: ...
+
     def delete(self, keys: Iterable[PieceKey]) -> None: ...
 
     def verify(self, key: PieceKey) -> PieceInfo: ...
@@ -154,25 +156,30 @@ class Collector:
         tally: Counter[str] = Counter()
         seen: set[PieceKey] = set()
         after = b""
-        while True:
-            page: list[PieceInfo] = await self._offload(self._store.list, b"", after, PAGE)
-            if not page:
-                break
+        while page := await self._offload(self._store.list, b"", after, PAGE):
             after = page[-1].key.pack()
-            for (video, upload), group in groupby(page, lambda info: (info.key.video, info.key.upload)):
-                pieces = list(group)
-                try:
-                    candidates = await self._judge(video, upload, pieces, tally)
-                    seen |= candidates.keys()
-                    await self._drop(video, upload, candidates)
-                except (MeshUnavailable, OutcomeUnknown, NoAnswer, Refused, RecordTooLarge):
-                    tally["unknown"] += len(pieces)  # nothing is known of them: they stay candidates, or none
-                    seen |= {p.key for p in pieces} & self._candidates.keys()
+            seen |= await self._go_through(page, tally)
+        # What was found damaged is garbage like any other piece, once nothing names it any more.
+        seen |= await self._go_through(await self._offload(self._store.quarantined), tally)
         for key in self._candidates.keys() - seen:
             del self._candidates[key]
         tally["waiting"] = len(self._candidates)
         tally["waiting_bytes"] = sum(c.length for c in self._candidates.values())
         self._state = {f"gc_{k}": float(v) for k, v in tally.items()}
+
+    async def _go_through(self, page: Sequence[PieceInfo], tally: Counter[str]) -> set[PieceKey]:
+        """Judges pieces, in the order of their keys, and drops what may go; the candidates among them."""
+        seen: set[PieceKey] = set()
+        for (video, upload), group in groupby(page, lambda info: (info.key.video, info.key.upload)):
+            pieces = list(group)
+            try:
+                candidates = await self._judge(video, upload, pieces, tally)
+                seen |= candidates.keys()
+                await self._drop(video, upload, candidates)
+            except (MeshUnavailable, OutcomeUnknown, NoAnswer, Refused, RecordTooLarge):
+                tally["unknown"] += len(pieces)  # nothing is known of them: they stay candidates, or none
+                seen |= {p.key for p in pieces} & self._candidates.keys()
+        return seen
 
     async def _judge(
         self, video: str, upload: UploadId, pieces: Sequence[PieceInfo], tally: Counter[str]

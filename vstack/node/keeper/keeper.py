@@ -64,6 +64,8 @@ PAUSE = 15.0
 """Seconds between two passes, at least, unless the policy's delays are shorter than a minute."""
 SHARE = 10
 """A pause lasts this many times as long as the pass before it, up to the policy's delay or a minute."""
+WORK_FOR = 600.0
+"""Seconds of work after which a keeper looks again: or SHARE times as long as it has looked."""
 COUNT_EVERY = 600.0
 """Seconds after which running time is written into registers that wait for something."""
 BATCH = 200
@@ -218,8 +220,10 @@ class Keeper:
             try:
                 complete = await self.look()
                 took = self._now() - began
-                await self._work(outlook)
+                is_done = await self._work(outlook, max(WORK_FOR, SHARE * took))
                 self.figures["passes"] += 1
+                if not is_done:
+                    continue
             except VstackError as e:
                 complete, took = False, self._now() - began
                 self._voice.warn("pass", f"the pass over the videos was broken off: {e}")
@@ -435,13 +439,14 @@ class Keeper:
 
     # -- work -------------------------------------------------------------------------------------
 
-    async def _work(self, outlook: tuple[int, frozenset[NodeId]]) -> None:
-        """Works the queue off, until it is empty or the outlook has changed."""
+    async def _work(self, outlook: tuple[int, frozenset[NodeId]], seconds: float) -> bool:
+        """Works the queue off, until it is empty or the outlook has changed; False if `seconds` were over
+        before: something else may be more urgent by now."""
         self._work_began, self._work_bytes = self._now(), 0
         heapq.heapify(self._queue)
 
         async def hand() -> None:
-            while self._queue and self._outlook() == outlook:
+            while self._queue and self._outlook() == outlook and self._now() - self._work_began < seconds:
                 queued = heapq.heappop(self._queue)
                 self._busy += 1
                 try:
@@ -461,6 +466,7 @@ class Keeper:
         )
         if words:
             log.info("chunks brought into order: %s; %d bytes written", words, done["bytes_written"])
+        return not self._queue or self._outlook() != outlook
 
     def _count(self, queued: Queued, mended: Mended) -> None:
         self._work_bytes += queued.size
