@@ -530,3 +530,15 @@ def test_in_any_network_every_chunk_with_k_reachable_pieces_is_finished(seed: in
     assert n.received == used + n.wasted, f"seed {seed}"
     assert max(n.owed().values(), default=0) <= 64
     assert n.turns < 100 + 20 * len(n.asked) + 4 * n.now
+
+
+def test_a_spare_piece_that_came_too_late_is_asked_for_again_when_the_others_were_bad() -> None:
+    """Its answer comes while the chunk is being checked, and is dropped; then what was checked is rejected."""
+    s = BestHolder()
+    s.want(Wanted(0, 10.0, 1, {0: PieceWanted(1000, ("a",)), 1: PieceWanted(1000, ("b",))}))
+    (first,) = s.requests(0.0)
+    (second,) = s.requests(2.0)
+    assert s.received(first.number, 2.1)
+    assert not s.received(second.number, 2.2)
+    s.reject(0, first.piece, first.node)
+    assert [f.piece for f in s.requests(2.3)] == [second.piece]

@@ -270,6 +270,7 @@ class BestHolder:
         """The block is here. True if it was still needed: otherwise its bytes are wasted."""
         request = self._open.pop(number)
         self._sample(request.fetch, request.sent, now)
+        request.block.asked.discard(number)
         request.block.late.discard(request.fetch.node)
         if not self._is_wanted(request) or request.block.got:
             return False
