@@ -7,7 +7,8 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -25,7 +26,8 @@ from vstack.client.catalogue import read_video
 from vstack.client.uploader import Progress, UploadOptions, upload
 from vstack.errors import BadInput
 from vstack.mesh.config import Config, Member, group
-from vstack.mesh.mesh_client import Change, MeshClient
+from vstack.mesh.mesh_client import Change, MeshClient, Page
+from vstack.mesh.messages import Held, Row
 from vstack.mesh.registers import (
     ERASURE,
     MAX_RECORD,
@@ -33,6 +35,7 @@ from vstack.mesh.registers import (
     SPARE,
     ChunkEntry,
     ChunkRecord,
+    PieceKey,
     Place,
     RecordTooLarge,
     Scheme,
@@ -48,7 +51,8 @@ from vstack.mesh.registers import (
 from vstack.node.index import Index, IndexWriteFailed
 from vstack.node.keeper import thread
 from vstack.node.keeper.collector import Collector
-from vstack.node.keeper.keeper import Keeper, Queued, Sight
+from vstack.node.keeper.keeper import TABLE, Keeper, Queued, Sight
+from vstack.node.keeper.keeper import Video as Watched
 from vstack.node.keeper.mender import Mended, Target
 from vstack.node.keeper.plan import Nodes, Reason, plan
 from vstack.node.keeper.thread import Keeping
@@ -335,5 +339,27 @@ def test_a_keeper_looks_again_before_it_has_moved_all_that_could_lie_better(
         assert (scene.world.now(), len(keeper._queue)) == (600.0, 88)
         keeper._queue = moves[:4]
         assert await keeper._work(keeper._outlook(), 600.0)
+
+    scene.play(schedule())
+
+
+def test_a_video_of_any_length_is_looked_at_a_part_at_a_time() -> None:
+    scene = Scene(3)
+    asked: list[int] = []
+
+    async def inventory(_: str, keys: Sequence[PieceKey], **__: object) -> list[Held]:
+        asked.append(len(keys))
+        return [Held("absent", b"") for _ in keys]
+
+    async def schedule() -> None:
+        await scene.store(REPLICATED, scene.nodes)
+        keeper, data = scene.nodes[0].keeper, pack(scene.record)
+        keeper._mesh.inventory = inventory  # type: ignore[method-assign, assignment]
+        rows = [Row(chunk_key(scene.video, scene.upload, i), 1, data) for i in range(2 * TABLE + 1)]
+        version, record = scene.ledger.video(scene.video)
+        assert record is not None
+        video, tally = Watched(scene.video, version, record), Counter[str]()
+        assert await keeper._plan(video, Page(rows, True, ()), keeper._nodes(), [], tally)
+        assert (tally["chunks"], max(asked)) == (2 * TABLE + 1, TABLE)
 
     scene.play(schedule())

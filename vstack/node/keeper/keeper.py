@@ -54,6 +54,8 @@ T = TypeVar("T")
 
 MAX_QUEUE = 20_000
 """Chunks that wait; of more, the most urgent ones, and the next pass finds the others."""
+TABLE = 1000
+"""Chunks of a video that are looked at in one go: nothing else happens in this thread meanwhile."""
 LOOKS = 3
 """Videos that are looked at at once."""
 HANDS = 2
@@ -263,8 +265,6 @@ class Keeper:
             for some in _batches(mine, LOOKS):
                 for ok in await asyncio.gather(*(self._look_at(v, nodes, queue, tally) for v in some)):
                     complete &= ok
-                if len(queue) > 2 * MAX_QUEUE:
-                    queue[:] = heapq.nsmallest(MAX_QUEUE, queue)
         self._queue = sorted(queue)[:MAX_QUEUE]
         for gone in self._waiting.keys() - seen:
             del self._waiting[gone]
@@ -303,17 +303,29 @@ class Keeper:
     ) -> bool:
         prefix = chunk_prefix(video.id, video.upload)
         await self._delete([row for row in _older(table.rows, video) if not row.key.startswith(prefix)])
-        records: list[ChunkRecord] = []
-        if video.record.init is not None:
-            records.append(init_record(video.record.init))
-        for row in table.rows:
-            if row.key.startswith(prefix):
+        tally["videos"] += 1
+        init = video.record.init
+        asked = init is None or await self._plan_chunks(video, [init_record(init)], nodes, queue, tally)
+        for some in _batches([row for row in table.rows if row.key.startswith(prefix)], TABLE):
+            records: list[ChunkRecord] = []
+            for row in some:
                 try:
                     records.append(unpack_chunk(row.data))
                 except msgspec.DecodeError:
                     continue  # written by a newer version: not ours to keep
+            asked &= await self._plan_chunks(video, records, nodes, queue, tally)
+        return asked
+
+    async def _plan_chunks(
+        self,
+        video: Video,
+        records: Sequence[ChunkRecord],
+        nodes: Nodes,
+        queue: list[Queued],
+        tally: Counter[str],
+    ) -> bool:
+        """Whether all live nodes that hold pieces of them said what they have."""
         bad, asked = await self._inventory(video, records, nodes)
-        tally["videos"] += 1
         tally["chunks"] += len(records)
         for record in records:
             wrong = tuple(p for p in record.places if p in bad)
@@ -326,6 +338,8 @@ class Keeper:
                 target = Target(video.id, video.upload, record.entry.index)
                 size = work.bytes(record)
                 queue.append(Queued(work.urgency, size, target, wanted, work.spare, work.reason, wrong))
+        if len(queue) > 2 * MAX_QUEUE:
+            queue[:] = heapq.nsmallest(MAX_QUEUE, queue)
         return asked
 
     async def _inventory(
