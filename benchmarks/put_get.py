@@ -99,13 +99,13 @@ class Sink(io.RawIOBase):
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: list[bytes] = []
+        self.parts: list[bytes | memoryview] = []
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: object) -> int:
-        assert isinstance(data, bytes)
+        assert isinstance(data, bytes | memoryview)
         self.parts.append(data)
         return len(data)
 

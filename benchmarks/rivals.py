@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +30,12 @@ from typing import BinaryIO, cast
 
 import seaweed
 import tahoe
-from programs import Wrong, find
+from programs import find
 from put_get import Content, Sink
 from turns import DEAD, SMALL, Measured, Start, System, Turn
 
 from vstack.cli import interrupt, show
-from vstack.client.catalogue import read_video
+from vstack.client.catalogue import find_with_table
 from vstack.client.downloader import download
 from vstack.client.uploader import UploadOptions, upload
 from vstack.errors import VstackError
@@ -64,12 +64,10 @@ def vstack(*, keys: bool) -> Start:
                     options = UploadOptions(path.name, _REDUNDANCY[way], opaque=True)
                     return (await upload(mesh, path, options)).video.id
 
-                async def get(handle: str, way: str) -> list[bytes]:
-                    video = await read_video(mesh, handle)
-                    if video is None:
-                        raise Wrong(f"vstack does not know {handle[:12]}, which it stored as {way}")
+                async def get(handle: str, way: str) -> Sequence[bytes | memoryview]:
+                    video, table = await find_with_table(mesh, handle)
                     sink = Sink()
-                    await download(mesh, video, cast(BinaryIO, sink))
+                    await download(mesh, video, cast(BinaryIO, sink), table=table)
                     return sink.parts
 
                 def kill() -> None:

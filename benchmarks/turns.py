@@ -38,7 +38,7 @@ class System:
     pids: Callable[[], list[int]]
     put: Callable[[Path, str], Awaitable[str]]
     """Stores a file in one of the ways; what `get` needs to find it."""
-    get: Callable[[str, str], Awaitable[Sequence[bytes]]]
+    get: Callable[[str, str], Awaitable[Sequence[bytes | memoryview]]]
     kill: Callable[[], None]
     """Kills DEAD of its nodes with SIGKILL."""
 

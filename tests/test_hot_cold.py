@@ -48,9 +48,7 @@ class Figures:
     cold: list[float] = field(default_factory=list)
 
 
-async def read_always(
-    mesh: MeshClient, video: Video, data: bytes, figures: Figures, rng: Random
-) -> None:
+async def read_always(mesh: MeshClient, video: Video, data: bytes, figures: Figures, rng: Random) -> None:
     """Reads chunks at random by what was known of them a moment ago, as a player does."""
     while True:
         try:

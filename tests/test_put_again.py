@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from vstack.client.catalogue import Video, chunk_table, delete_video, read_video
+from vstack.client.catalogue import Video, chunk_table, delete_video, find_with_table, read_video
 from vstack.client.downloader import download
 from vstack.client.uploader import UploadOptions, UploadResult, upload
 from vstack.errors import BadInput
@@ -77,6 +77,9 @@ def test_a_chunk_with_too_few_pieces_left_has_the_file_stored_anew(
         assert again.video.upload != first.video.upload
         assert (again.video.record.title, again.video.record.redundancy) == ("the sea", "erasure")
         assert any("1 chunk cannot be read" in w for w in again.warnings)
+        table = await chunk_table(client, again.video)
+        for name in (again.video.id, "the sea"):
+            assert await find_with_table(client, name) == (again.video, table), "not that of the first upload"
         assert await readable(client, again, tmp_path / "copy.mp4")
         assert (await upload(client, film)).state == "present"
 

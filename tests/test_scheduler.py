@@ -533,7 +533,7 @@ def test_in_any_network_every_chunk_with_k_reachable_pieces_is_finished(seed: in
 
 
 def test_a_spare_piece_that_came_too_late_is_asked_for_again_when_the_others_were_bad() -> None:
-    """Its answer comes while the chunk is being checked, and is dropped; then what was checked is rejected."""
+    """Its answer comes while the chunk is being checked, and is dropped; then what was checked is bad."""
     s = BestHolder()
     s.want(Wanted(0, 10.0, 1, {0: PieceWanted(1000, ("a",)), 1: PieceWanted(1000, ("b",))}))
     (first,) = s.requests(0.0)

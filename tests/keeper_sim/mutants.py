@@ -100,7 +100,7 @@ class _Unseen:
     """A store that says that everything is as it should be."""
 
     def __init__(self, store: Any) -> None:
-        self.list, self.delete = store.list, store.delete
+        self.list, self.delete, self.quarantined = store.list, store.delete, store.quarantined
 
         self.info = store.get
 

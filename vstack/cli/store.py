@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vstack.cli import interrupt, show
 from vstack.client import output
-from vstack.client.catalogue import Video, find_video
+from vstack.client.catalogue import Video, find_with_table
 from vstack.client.downloader import download, media_of
 from vstack.client.uploader import Progress, UploadOptions, upload
 from vstack.errors import BadInput, UsageError, VstackError
@@ -133,7 +133,7 @@ def _ask(path: Path, lost: tuple[str, ...]) -> bool:
 
 
 async def get(mesh: MeshClient, options: argparse.Namespace) -> int:
-    video = await find_video(mesh, options.video)
+    video, table = await find_with_table(mesh, options.video)
     target = Path(options.output) if options.output else _default_target(video)
     to_pipe = options.output == "-"
     if not to_pipe and target.is_dir():
@@ -148,6 +148,7 @@ async def get(mesh: MeshClient, options: argparse.Namespace) -> int:
             video,
             sys.stdout.buffer if to_pipe else target,
             lambda got, total: bar.update("getting", got, total),
+            table,
         )
     report = {
         "id": video.id,

@@ -7,6 +7,7 @@ register, so that one answer is enough to trust it, whoever gave it.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from vstack.client.pieces import Checked, check_pieces
 from vstack.errors import DamagedData, MeshUnavailable, NotFound, VstackError
 from vstack.mesh.config import NodeId
 from vstack.mesh.mesh_client import Change, MeshClient
-from vstack.mesh.messages import Mismatch
+from vstack.mesh.messages import Mismatch, Row
 from vstack.mesh.registers import (
     INIT_INDEX,
     ChunkRecord,
@@ -36,6 +37,7 @@ from vstack.mesh.registers import (
     unpack_video,
     unpack_views,
     upload_id,
+    uploads_prefix,
     video_key,
     views_prefix,
 )
@@ -130,9 +132,34 @@ async def find_video(mesh: MeshClient, name: str, state: VideoState = "ready") -
     raise NotFound(f"no video is called {name!r}: `vstack ls` shows those that are ready{hint}")
 
 
+async def find_with_table(mesh: MeshClient, name: str) -> tuple[Video, list[ChunkRecord]]:
+    """A ready video and its chunk table; by its id, in one round trip. Raises as `find_video` and
+    `chunk_table` do."""
+    if not re.fullmatch(r"[0-9a-f]{64}", name):
+        video = await find_video(mesh, name)
+        return video, await chunk_table(mesh, video)
+    # which of its uploads counts is in the register, so the chunks of all are asked for; there is mostly one
+    rows = asyncio.create_task(mesh.list(uploads_prefix(name)))
+    try:
+        video = await find_video(mesh, name)
+        prefix = chunk_prefix(name, video.upload)
+        try:
+            return video, _table(video, [row for row in (await rows).rows if row.key.startswith(prefix)])
+        except DamagedData:  # it may be older than the register
+            return video, await chunk_table(mesh, video)
+    finally:
+        rows.cancel()
+        await asyncio.gather(rows, return_exceptions=True)
+
+
 async def chunk_table(mesh: MeshClient, video: Video) -> list[ChunkRecord]:
     """The chunk registers of a ready video, in order. Raises DamagedData, MeshUnavailable."""
-    records = [unpack_chunk(row.data) for row in (await mesh.list(chunk_prefix(video.id, video.upload))).rows]
+    return _table(video, (await mesh.list(chunk_prefix(video.id, video.upload))).rows)
+
+
+def _table(video: Video, rows: Sequence[Row]) -> list[ChunkRecord]:
+    """Raises DamagedData if it is not the one that the video's register names."""
+    records = [unpack_chunk(row.data) for row in rows]
     if len(records) != video.record.chunks or table_hash([r.entry for r in records]) != video.record.table:
         raise DamagedData(
             f"the chunk table of video {video.id[:12]} has {len(records)} of {video.record.chunks} rows, "

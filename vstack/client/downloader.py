@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from vstack.client import output
 from vstack.client.catalogue import Video, chunk_table
@@ -83,26 +83,26 @@ async def download(
     video: Video,
     target: Path | BinaryIO,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    table: Sequence[ChunkRecord] | None = None,
 ) -> Downloaded:
     """Writes the video: to a path as an ordinary seekable file, to an open file as a stream.
 
-    A path appears only when it is whole. `on_progress` gets (bytes done, bytes in all). Raises
-    MeshUnavailable, DamagedData, VstackError (the container does not go into that kind of file).
+    `table` is the video's chunk table, if it is known already. A path appears only when it is whole.
+    `on_progress` gets (bytes done, bytes in all). Raises MeshUnavailable, DamagedData, VstackError (the
+    container does not go into that kind of file).
     """
     began = time.monotonic()
-    table = await chunk_table(mesh, video)
+    if table is None:
+        table = await chunk_table(mesh, video)
     media = media_of(video)
     served: dict[NodeId, int] = {}
     failovers = done = 0
     pipe: queue.Queue[_Parts | None] = queue.Queue(maxsize=4)
     over = threading.Event()
 
-    def chunks() -> Iterator[bytes]:
+    def chunks() -> Iterator[bytes | memoryview]:
         while not over.is_set() and (parts := pipe.get()) is not None:
-            if isinstance(target, Path):
-                yield from cast("tuple[bytes, ...]", parts)  # whatever writes a file takes memory views too
-            else:
-                yield b"".join(parts)
+            yield from parts
         if over.is_set():
             raise InterruptedError
 

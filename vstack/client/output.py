@@ -75,7 +75,7 @@ def default_extension(media: Media) -> str:
     return extension
 
 
-def stream(media: Media, init: bytes, chunks: Iterable[bytes]) -> Iterator[bytes]:
+def stream(media: Media, init: bytes, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
     """The stored form from its beginning: plays from a pipe, has no index. `media` may be opaque."""
     if init and media.container != "opaque":
         yield init
@@ -85,7 +85,7 @@ def stream(media: Media, init: bytes, chunks: Iterable[bytes]) -> Iterator[bytes
 def write_file(
     media: Media,
     init: bytes,
-    chunks: Iterable[bytes],
+    chunks: Iterable[bytes | memoryview],
     path: Path,
     *,
     on_progress: Callable[[int], None] | None = None,
@@ -122,7 +122,9 @@ def _writing(path: Path) -> Iterator[None]:
         raise VstackError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _counted(chunks: Iterable[bytes], on_progress: Callable[[int], None] | None) -> Iterator[bytes]:
+def _counted(
+    chunks: Iterable[bytes | memoryview], on_progress: Callable[[int], None] | None
+) -> Iterator[bytes | memoryview]:
     done = 0
     for chunk in chunks:
         yield chunk
@@ -131,7 +133,7 @@ def _counted(chunks: Iterable[bytes], on_progress: Callable[[int], None] | None)
             on_progress(done)
 
 
-def _write_bytes(parts: Iterator[bytes], part: Path, path: Path) -> None:
+def _write_bytes(parts: Iterator[bytes | memoryview], part: Path, path: Path) -> None:
     with ExitStack() as stack:
         with _writing(path):
             file = stack.enter_context(part.open("wb"))

@@ -365,6 +365,11 @@ def video_key(video: str) -> str:
     return f"video/{video}"
 
 
+def uploads_prefix(video: str) -> str:
+    """Of the chunks of all uploads of a video."""
+    return f"chunk/{video}/"
+
+
 def chunk_prefix(video: str, upload: UploadId) -> str:
     return f"chunk/{video}/{upload}/"
 
