@@ -286,7 +286,9 @@ async def pin(mesh: MeshClient, options: argparse.Namespace) -> int:
         return 0
     how = f"{new.redundancy}, fragments {new.erasure.k}/{new.erasure.m}"
     target = choose_scheme(new.wanted, len(takers(mesh.members)))
-    then = f"the nodes keep its chunks as {target.name}, and change those that are not in the background"
+    then = (
+        f"its chunks are kept as {target.name}; the nodes rewrite those that are not yet, in the background"
+    )
     show.out.print(f"{show.plain(new.title)}: {how}{'' if changed else ', as it was'}")
     show.err.print(then if changed else "nothing was changed")
     return 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from vstack.cli import show
-from vstack.cli.policy import change_policy, parse_settings
+from vstack.cli.policy import change_policy, parse_settings, show_duration
 from vstack.errors import MeshUnavailable, VstackError
 from vstack.mesh.config import NodeId
 from vstack.mesh.mesh_client import MeshClient
@@ -63,7 +63,7 @@ def repair_lines(found: Figures) -> list[str]:
             said += f", {show.size(rate)}/s, {show.clock(eta)} left"
         lines.append(said)
     elif degraded := total(found, "degraded"):
-        lines.append(f"{show.count(degraded, 'chunk')} with less redundancy than it should have")
+        lines.append(f"{show.count(degraded, 'chunk')} with less redundancy than is wanted")
     if unclaimed := total(found, "gc_unclaimed"):
         lines.append(
             f"{show.count(unclaimed, 'piece')} of which no register says anything "
@@ -91,11 +91,19 @@ async def repair(mesh: MeshClient, options: argparse.Namespace) -> int:
                 if n in before
             )
 
-        now = await _until(mesh, tell)
-    return _show_repair(options, before, now)
+        try:
+            now = await _until(mesh, tell)
+        except asyncio.CancelledError:
+            show.err.print("the nodes go on repairing; `vstack status` shows how far they are")
+            raise
+    silent = [m.node for m in mesh.members if m.node not in now]
+    return _show_repair(options, before, now, silent, mesh.config.policy.repair_delay)
 
 
-def _show_repair(options: argparse.Namespace, before: Figures, now: Figures) -> int:
+def _show_repair(
+    options: argparse.Namespace, before: Figures, now: Figures, silent: Sequence[NodeId], delay: int
+) -> int:
+    """`silent` members do not answer: what they hold counts as missing after `delay` seconds."""
     names = (
         "chunks_repair", "chunks_drain", "chunks_switch", "chunks_move", "bytes_read", "bytes_written",
         "bytes_restored", "failed", "overtaken",
@@ -103,7 +111,9 @@ def _show_repair(options: argparse.Namespace, before: Figures, now: Figures) -> 
     changed = {name: total(now, name) - total(before, name) for name in names}
     left = {name: total(now, name) for name in ("degraded", "unreadable")}
     if options.json:
-        show.print_json({**changed, **left, "nodes": {n: dict(f) for n, f in now.items()}})
+        show.print_json(
+            {**changed, **left, "silent_nodes": list(silent), "nodes": {n: dict(f) for n, f in now.items()}}
+        )
     else:
         moved = changed["chunks_drain"] + changed["chunks_move"]
         show.out.print(
@@ -113,9 +123,14 @@ def _show_repair(options: argparse.Namespace, before: Figures, now: Figures) -> 
         )
         for line in repair_lines(now):
             show.out.print(f"  {line}")
-        if not any(left.values()):
+        for node in silent:
+            show.warn(
+                f"node {node[:8]} does not answer: what it holds is made again elsewhere once it has been "
+                f"down for {show_duration(delay)} (`repair-delay`), or after `vstack mesh remove {node[:8]}`"
+            )
+        if not any(left.values()) and not silent:
             show.out.print("  all that is stored has its full redundancy")
-    return 1 if left["unreadable"] else DEGRADED if left["degraded"] else 0
+    return 1 if left["unreadable"] else DEGRADED if left["degraded"] or silent else 0
 
 
 async def gc(mesh: MeshClient, options: argparse.Namespace) -> int:

@@ -53,8 +53,14 @@ def up(options: argparse.Namespace) -> int:
         for node in mesh.nodes:
             show.out.print(f"node {node.number}  {node.address}  {node.node[:8]}  {node.data}")
         show.out.print(f"the mesh is up; use it with: vstack --help   (peers: {','.join(mesh.peers)})")
-        if mesh.client_key is not None:
-            show.out.print(f"from another folder, say who you are: --keys {mesh.client_key.absolute()}")
+        at_hand = folder.resolve() == Path(".vstack").resolve()
+        key = "" if mesh.client_key is None else f" --keys {mesh.client_key.absolute()}"
+        where = "from another folder" if at_hand else "as it is not in ./.vstack"
+        show.out.print(
+            f"{where}, say which mesh{' and who you are' if key else ''}: --peers {mesh.peers[0]}{key}"
+        )
+        if options.detach:
+            show.out.print(f"`vstack down{'' if at_hand else f' --dir {folder}'}` stops it")
     if options.detach:
         return 0
     with mesh:

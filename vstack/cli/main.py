@@ -24,7 +24,7 @@ folder: the first that is there. `none` means: without a key.
 exit codes: 0 success; 1 failure; 2 wrong usage or configuration, or a key that may not do this; 3 the mesh
 does not answer, or too few of its nodes do; 4 no such video, or more than one; 5 bad input: the source cannot
 be stored, or the change is refused; 6 the outcome is unknown (repeat the command: it is safe); 7 damaged
-data; 8 (status) some node is down; 130 interrupted.
+data; 8 (status, repair) some node is down, or redundancy is lacking; 130 interrupted.
 
   vstack up                    a mesh of five nodes on this machine, until Ctrl-C
   vstack put holiday.mp4       store it; prints its id

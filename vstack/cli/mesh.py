@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from time import monotonic
 
 from vstack.cli import show
+from vstack.cli.health import few_voters
 from vstack.client import members
 from vstack.client.members import Moving, Plan, Stake
 from vstack.errors import MeshUnavailable, UsageError
@@ -59,9 +60,10 @@ async def plan(mesh: MeshClient, options: argparse.Namespace) -> int:
     if planned is not None:
         before, after = planned.before, planned.after
         show.out.print(
-            f"the mesh would have {len(after.members)} members instead of {len(before.members)}, "
-            f"{len(after.voters)} of them voting, {after.g} for each register; the votes of "
-            f"{planned.moving} of {planned.videos} videos would move"
+            f"the mesh would have {show.count(len(after.members), 'member')} instead of "
+            f"{len(before.members)}, {len(after.voters)} instead of {len(before.voters)} of them voting, "
+            f"{after.g} for each register; the votes of {planned.moving} of "
+            f"{show.count(planned.videos, 'video')} would move"
         )
         show.out.print(_pieces_line(planned))
         show.out.print(_survives(after))
@@ -86,6 +88,8 @@ async def add(mesh: MeshClient, options: argparse.Namespace) -> int:
 async def remove(mesh: MeshClient, options: argparse.Namespace) -> int:
     """Takes a node out of the mesh."""
     member = members.find_member(mesh.config, options.node)
+    if len(mesh.members) == 1:
+        raise UsageError("the last node of a mesh cannot be removed: add another one first, or just stop it")
     if not options.yes:
         await _must_not_lose_pieces(mesh, member.node)
     await _wait_for_the_last(mesh, options)
@@ -109,8 +113,12 @@ async def drain(mesh: MeshClient, options: argparse.Namespace) -> int:
         epoch = await members.drain(mesh, member, True)
     if options.no_wait:
         return await _finish(mesh, options, epoch, f"{name} votes no more; its pieces move elsewhere")
-    await _until_settled(mesh, "this change", epoch)
-    await _until_empty(mesh, member.node)
+    try:
+        await _until_settled(mesh, "this change", epoch)
+        await _until_empty(mesh, member.node)
+    except asyncio.CancelledError:
+        show.err.print(f"{name} goes on draining; the same command follows it, and with --undo ends it")
+        raise
     return await _finish(mesh, options, epoch, f"{name} votes no more, and no video needs what lies on it")
 
 
@@ -130,7 +138,9 @@ async def recover(mesh: MeshClient, options: argparse.Namespace) -> int:
             {"epoch": done.epoch, "doubtful": list(done.doubtful), "given_up": list(done.given_up)}
         )
     else:
-        show.out.print(f"the mesh goes on in epoch {done.epoch} with {len(mesh.members)} members")
+        show.out.print(
+            f"the mesh goes on in epoch {done.epoch} with {show.count(len(mesh.members), 'member')}"
+        )
         for video in done.doubtful:
             show.out.print(f"video {video[:12]}: rebuilt from a minority of its votes; check it")
         for video in done.given_up:
@@ -210,6 +220,8 @@ async def _finish(mesh: MeshClient, options: argparse.Namespace, epoch: int, don
         show.print_json({"epoch": epoch, "moving": _moving_json(now), "members": _members_json(mesh.config)})
     elif now.done and now.epoch >= epoch:
         show.out.print(f"{done} (epoch {epoch})")
+        if few := few_voters(mesh.config):
+            show.warn(few)
     else:
         show.out.print(
             f"decided in epoch {epoch}; the votes are still moving: `vstack mesh plan` shows how far"
@@ -253,6 +265,10 @@ async def _stake(mesh: MeshClient, node: NodeId, told: dict[NodeId, Status]) -> 
 async def _must_be_dispensable(mesh: MeshClient, member: Member) -> None:
     """Raises UsageError, with the reason, if a node had better not be drained now."""
     others = [m for m in mesh.members if not m.draining and m.node != member.node]
+    if not others:
+        raise UsageError(
+            f"besides node {member.node[:8]} there is none to take pieces and votes: add a node first"
+        )
     if len(others) == 1:
         raise UsageError(
             f"only node {others[0].node[:8]} would be left to hold pieces, and its loss would lose them. "
@@ -286,7 +302,9 @@ async def _must_not_lose_pieces(mesh: MeshClient, node: NodeId) -> None:
             "is gone for good, repeat with --yes"
         )
     _must_be_known(stake, node, "--yes")
-    if stake.chunks:
+    if len(mesh.members) == 2:
+        show.warn("the node that is left will have the only copy of everything")
+    elif stake.chunks:
         show.warn(
             f"pieces of {show.count(stake.chunks, 'chunk')} are on node {node[:8]}: they are made again "
             "elsewhere when it is out"
@@ -295,7 +313,8 @@ async def _must_not_lose_pieces(mesh: MeshClient, node: NodeId) -> None:
 
 def _needed(node: NodeId, stake: Stake, mesh: MeshClient, told: dict[NodeId, Status]) -> str:
     silent = [m.node[:8] for m in mesh.members if m.node not in told and m.node != node]
-    down = f"; of the other nodes, {', '.join(silent)} do not answer" if silent else ""
+    does = "does" if len(silent) == 1 else "do"
+    down = f"; of the other nodes, {', '.join(silent)} {does} not answer" if silent else ""
     more = ", ..." if len(stake.last) > 3 else ""
     return (
         f"without node {node[:8]} {show.count(len(stake.last), 'chunk')} could not be read "
@@ -329,7 +348,8 @@ def _ask(options: argparse.Namespace, text: str) -> None:
 
 def _show_moving(now: Moving, config: Config) -> None:
     show.out.print(
-        f"epoch {now.epoch}, base {now.base}: {len(config.members)} members, {len(config.voters)} voting"
+        f"epoch {now.epoch}, base {now.base}: {show.count(len(config.members), 'member')}, "
+        f"{len(config.voters)} voting"
     )
     for node in now.silent:
         show.out.print(f"  node {node[:8]} does not answer")
@@ -349,7 +369,7 @@ def _survives(config: Config) -> str:
     n, g = len(config.voters), config.g
     if n <= 2:
         return "writes would stop when any voting node fails" if n == 2 else "nothing would survive its loss"
-    return f"each register would survive the loss of any {(g - 1) // 2} nodes"
+    return f"each register would survive the loss of any {show.count((g - 1) // 2, 'node')}"
 
 
 def _moving_json(now: Moving) -> dict[str, object]:
