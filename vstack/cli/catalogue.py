@@ -251,10 +251,12 @@ async def rm(mesh: MeshClient, options: argparse.Namespace) -> int:
         show.print_json({"id": video.id, "state": "deleted"} | _left_json(video, mesh.config))
     else:
         show.out.print(f"{show.plain(video.record.title)}: deleted ({video.id[:12]})")
-        left = show_duration(_left(video, mesh.config))
+        left = _left(video, mesh.config)
         show.err.print(
-            f"`vstack undelete {video.id[:12]}` brings it back, within {left} of the mesh's running time; so "
-            "does putting the same file again"
+            f"`vstack undelete {video.id[:12]}` brings it back, within {show_duration(left)} of the mesh's "
+            "running time; so does putting the same file again"
+            if left
+            else "it is removed for good: `undelete` in `vstack policy` gives no time to have it back"
         )
     return 0
 
