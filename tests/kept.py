@@ -95,7 +95,7 @@ async def look(mesh: MeshClient, video: Video) -> Kept:
 
 
 async def until(
-    mesh: MeshClient, video: Video, condition: Callable[[Kept], bool], within: float = 60.0
+    mesh: MeshClient, video: Video, condition: Callable[[Kept], bool], within: float = 150.0
 ) -> Kept:
     """What is kept once `condition` holds; fails the test when it does not in time."""
     deadline = monotonic() + within
@@ -112,7 +112,7 @@ async def until(
         await asyncio.sleep(0.2)
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], within: float = 60.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], within: float = 150.0) -> None:
     """Returns once `condition` holds; fails the test when it does not in time."""
     deadline = monotonic() + within
     while not await condition():

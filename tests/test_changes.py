@@ -90,7 +90,7 @@ def test_draining_can_be_taken_back_and_is_not_asked_for_twice() -> None:
         successor(view, DrainMember(NODES[0]))
     after(view, DrainMember(NODES[0], draining=False))
     assert view.config.voters == tuple(NODES[:3])
-    with pytest.raises(ChangeRefused, match="not draining already"):
+    with pytest.raises(ChangeRefused, match="is not draining"):
         successor(view, DrainMember(NODES[0], draining=False))
 
 

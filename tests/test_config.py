@@ -241,4 +241,4 @@ def test_meshes_with_different_members_have_different_names() -> None:
 GOLDEN_SEVEN = {VIDEO: [6, 5, 7, 2, 4], "00" * 32: [4, 1, 7, 3, 5], "ff" * 32: [1, 3, 2, 7, 4]}
 GOLDEN_FOUR = [2, 4, 1]
 GOLDEN_LEADERS = [2, 4, 6, 5, 7, 2, 4]
-GOLDEN_MESH = "02b8b3ab035e80b6d2eb0a9c016ac87a"
+GOLDEN_MESH = "413b833553027db996bff4503fdb1823"

@@ -63,6 +63,15 @@ def test_two_places_of_the_same_fragment_count_once() -> None:
     assert not readable(twice, NODES)
 
 
+def test_nodes_that_do_not_answer_count_as_lost_already() -> None:
+    spread = [chunk(ERASURE, *NODES[:5])]
+    assert survives(mesh(5), spread, NODES[:1]).startswith("the loss of any 1 of 4 nodes that answer")
+    assert survives(mesh(5), spread, NODES[:2]).startswith("the loss of none of 3 nodes that answer")
+    assert (
+        survives(mesh(5), spread, NODES[:3]) == "nothing: 1 chunk cannot be read while 3 nodes do not answer"
+    )
+
+
 def test_several_fragments_on_one_node_are_lost_together() -> None:
     spread = chunk(ERASURE, NODES[0], NODES[1], NODES[2], NODES[0], NODES[1])
     assert "any 1 of 3 nodes" in survives(mesh(3), [spread])

@@ -175,7 +175,7 @@ def test_a_mesh_that_grows_gives_its_videos_what_they_lacked(tmp_path: Path) -> 
     async def work(mesh: MeshClient) -> None:
         await set_policy(mesh)
         video, data = await put(mesh, tmp_path, 6 * MB)
-        assert (await look(mesh, video)).schemes == {"1 copies"}
+        assert (await look(mesh, video)).schemes == {"1 copy"}
         more = []
         try:
             for i in range(2):

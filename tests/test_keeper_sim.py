@@ -62,7 +62,6 @@ BY_SEEDS: dict[str, str] = {
     "adopts-what-it-has-not-seen": "brink",
     "newer-uploads-are-deleted": "mixed",
     "purges-before-it-says-so": "mixed",
-    "time-is-counted-twice": "mixed",
     "names-before-writing": "mixed",
     "failed-writes-count": "mixed",
     "two-keepers-share-a-name": "mixed",

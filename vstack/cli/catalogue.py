@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from vstack.cli import show
 from vstack.cli.policy import show_duration
@@ -22,7 +23,7 @@ from vstack.client.catalogue import (
 from vstack.client.downloader import media_of
 from vstack.client.fetcher import holders
 from vstack.client.pieces import Checked, PieceState, what
-from vstack.errors import MeshUnavailable
+from vstack.errors import MeshUnavailable, VstackError
 from vstack.mesh.config import Config, NodeId
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import MeshClient
@@ -158,7 +159,7 @@ async def info(mesh: MeshClient, options: argparse.Namespace) -> int:
     how = "" if r.redundancy == "replicated" else f", fragments {r.erasure.k}/{r.erasure.m}"
     show.out.print(f"  redundancy  {r.redundancy}{' (hot)' if r.hot else ''}{how}: {said}")
     show.out.print(f"  views       {seen} in the last {VIEW_DAYS} days")
-    show.out.print(f"  survives    {survives(config, needed)}")
+    show.out.print(f"  survives    {survives(config, needed, await _silent(mesh))}")
     for line in (*_lost_line(lost), *short, *(f"not kept of the source: {x}" for x in media.lost)):
         show.warn(line)
     rows = [
@@ -209,20 +210,36 @@ def holder(place: Place, nodes: Sequence[NodeId]) -> str:
     return ("" if place.node in nodes else "gone:") + place.node[:8]
 
 
-def survives(config: Config, needed: Sequence[ChunkRecord]) -> str:
+def survives(config: Config, needed: Sequence[ChunkRecord], silent: Collection[NodeId] = ()) -> str:
     """How many members may be lost until some chunk of `needed` cannot be read, or some vote cannot be
-    taken, and which of the two sets the limit."""
-    lost = sum(not readable(c, config.nodes) for c in needed)
+    taken, and which of the two sets the limit. `silent` members count as lost already."""
+    live = [n for n in config.nodes if n not in silent]
+    lost = sum(not readable(c, live) for c in needed)
     if lost:
-        return f"nothing: {show.count(lost, 'chunk')} cannot be read"
-    votes = (config.g - 1) // 2
-    pieces = min((_expendable(c, config.nodes) for c in needed), default=len(config.nodes))
+        why = f" while {show.count(len(config.nodes) - len(live), 'node')} do not answer" if silent else ""
+        return f"nothing: {show.count(lost, 'chunk')} cannot be read{why}"
+    votes = max(0, (config.g - 1) // 2 - sum(n in silent for n in config.voters))
+    pieces = min((_expendable(c, live) for c in needed), default=len(live))
     limit = (
         "its pieces" if pieces < votes else "the votes on it" if votes < pieces else "pieces and votes alike"
     )
-    nodes = show.count(len(config.nodes), "node")
+    nodes = show.count(len(live), "node") + (" that answer" if silent else "")
     most = min(votes, pieces)
     return f"{f'the loss of any {most}' if most else 'the loss of none'} of {nodes} (the limit: {limit})"
+
+
+async def _silent(mesh: MeshClient) -> set[NodeId]:
+    """The members that do not answer now."""
+
+    async def one(node: NodeId) -> bool:
+        try:
+            return (await mesh.status(node)).node != node
+        except VstackError:
+            return True
+
+    nodes = mesh.config.nodes
+    told = await asyncio.gather(*(one(n) for n in nodes))
+    return {n for n, silent in zip(nodes, told, strict=True) if silent}
 
 
 def _lost_line(lost: Sequence[ChunkRecord]) -> list[str]:

@@ -146,7 +146,9 @@ def successor(view: View, change: MeshChange, change_id: bytes = b"") -> Config:
     elif isinstance(change, DrainMember):
         old = _find(config, change.node)
         if old.draining == change.draining:
-            raise ChangeRefused(f"node {old.node[:8]} is {'' if old.draining else 'not '}draining already")
+            raise ChangeRefused(
+                f"node {old.node[:8]} is {'draining already' if old.draining else 'not draining'}"
+            )
         members[members.index(old)] = msgspec.structs.replace(old, draining=change.draining)
     elif isinstance(change, Authorise):
         grants = [g for g in grants if g.key != change.grant.key] + [change.grant]

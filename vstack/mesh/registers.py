@@ -121,7 +121,7 @@ class Scheme(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.m} copies" if self.k == 1 else f"{self.k}-of-{self.m}"
+        return f"{self.m} cop{'y' if self.m == 1 else 'ies'}" if self.k == 1 else f"{self.k}-of-{self.m}"
 
 
 REPLICATED = Scheme(1, 3)

@@ -25,6 +25,7 @@ from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import Change, Page
 from vstack.mesh.messages import Listing, Mismatch, Ok, Row
 from vstack.mesh.registers import (
+    INIT_INDEX,
     ChunkRecord,
     PieceKey,
     Place,
@@ -157,6 +158,8 @@ class Keeper:
         self._busy = 0
         self._work_began = 0.0
         self._work_bytes = 0
+        self._worked = 0
+        """Chunks of the queue that are done: of too few, no rate is told."""
         self.figures: Counter[str] = Counter()
         """Since the start: passes, chunks_<reason>, bytes_read, bytes_written, bytes_restored, failed, ..."""
         self._state: dict[str, float] = {}
@@ -175,6 +178,7 @@ class Keeper:
             self._down_since.setdefault(node, now)
         for node in self._down_since.keys() - sight.down:
             del self._down_since[node]
+            self._closed.pop(node, None)  # it is back: what it did not take while it was down says nothing
         delay = sight.config.policy.repair_delay
         return frozenset(n for n, since in self._down_since.items() if now - since >= delay)
 
@@ -199,7 +203,7 @@ class Keeper:
         out = dict(self._state)
         left = sum(q.size for q in self._queue)
         spent = self._now() - self._work_began
-        rate = self._work_bytes / spent if self._queue and spent > 1.0 else 0.0
+        rate = self._work_bytes / spent if self._queue and self._worked >= 2 * HANDS else 0.0
         out |= {"queue_chunks": float(len(self._queue) + self._busy), "queue_bytes": float(left)}
         for reason in Reason:
             out[f"queue_{reason.name.lower()}"] = 0.0
@@ -456,7 +460,7 @@ class Keeper:
     async def _work(self, outlook: tuple[int, frozenset[NodeId]], seconds: float) -> bool:
         """Works the queue off, until it is empty or the outlook has changed; False if `seconds` were over
         before: something else may be more urgent by now."""
-        self._work_began, self._work_bytes = self._now(), 0
+        self._work_began, self._work_bytes, self._worked = self._now(), 0, 0
         heapq.heapify(self._queue)
 
         async def hand() -> None:
@@ -484,6 +488,7 @@ class Keeper:
 
     def _count(self, queued: Queued, mended: Mended) -> None:
         self._work_bytes += queued.size
+        self._worked += 1
         for node, why in mended.closed.items():
             self._closed[node] = self._now() + CLOSED_FOR
             self._voice.warn(node, f"node {node[:8]} is given no pieces for {CLOSED_FOR:.0f} s: {why}")
@@ -500,7 +505,8 @@ class Keeper:
 
 
 def _name(target: Target) -> str:
-    return f"chunk {target.index} of video {target.video[:12]}"
+    what = "the init segment" if target.index == INIT_INDEX else f"chunk {target.index}"
+    return f"{what} of video {target.video[:12]}"
 
 
 async def rest(
