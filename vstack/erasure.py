@@ -7,6 +7,7 @@ fragment's SHA-256 are in its register.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import zfec
@@ -27,6 +28,12 @@ def encode(data: bytes, k: int, m: int) -> list[bytes]:
     blocks = [data[i * size : (i + 1) * size] for i in range(k)]
     blocks = [b if len(b) == size else b + bytes(size - len(b)) for b in blocks]
     return [bytes(b) for b in zfec.Encoder(k, m).encode(blocks)]
+
+
+def encode_hashed(data: bytes, k: int, m: int) -> tuple[list[bytes], list[bytes]]:
+    """The m fragments of `data`, by number, and the SHA-256 of each."""
+    pieces = encode(data, k, m)
+    return pieces, [hashlib.sha256(piece).digest() for piece in pieces]
 
 
 def decode(fragments: Mapping[int, bytes | memoryview], k: int, m: int, length: int) -> bytes:

@@ -7,7 +7,6 @@ A chunk's pieces count as written when all are on disk and those outside any one
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ class PieceWriter:
         elif encoded is not None and encoded.scheme == scheme:
             pieces, hashes = encoded.pieces, encoded.hashes
         else:
-            pieces, hashes = await asyncio.to_thread(encode, data, scheme)
+            pieces, hashes = await asyncio.to_thread(erasure.encode_hashed, data, *scheme)
         if len(pieces[0]) > MAX_PIECE:
             raise BadInput(
                 f"{what(index)} has pieces of {len(pieces[0]) >> 20} MiB, over the bound of "
@@ -228,9 +227,3 @@ def _judge(held: Held, place: Place) -> PieceState:
 def what(index: int) -> str:
     """The name of a chunk in messages."""
     return "the init segment" if index == INIT_INDEX else f"chunk {index}"
-
-
-def encode(data: bytes, scheme: Scheme) -> tuple[list[bytes], list[bytes]]:
-    """The fragments and their hashes."""
-    pieces = erasure.encode(data, scheme.k, scheme.m)
-    return pieces, [hashlib.sha256(p).digest() for p in pieces]

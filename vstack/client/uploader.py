@@ -26,10 +26,11 @@ from pathlib import Path
 
 import msgspec
 
+from vstack import erasure
 from vstack.client.catalogue import MAX_TITLE, Video, read_video
 from vstack.client.chunker import Chunk, CutRules, Ingest, ProofFailed, recipe
 from vstack.client.fetcher import holders
-from vstack.client.pieces import Encoded, PieceWriter, TooFewNodes, encode
+from vstack.client.pieces import Encoded, PieceWriter, TooFewNodes
 from vstack.errors import BadInput, MeshUnavailable, VstackError
 from vstack.mesh.mesh_client import Change, MeshClient
 from vstack.mesh.messages import Mismatch
@@ -234,7 +235,7 @@ class _Upload:
         scheme = choose_scheme(wanted, len(self.mesh.members))
         if chunk is None or scheme.k == 1 or self.options.redundancy == "replicated":
             return chunk, None
-        return chunk, Encoded(scheme, *await asyncio.to_thread(encode, chunk.data, scheme))
+        return chunk, Encoded(scheme, *await asyncio.to_thread(erasure.encode_hashed, chunk.data, *scheme))
 
     async def _run(
         self, chunks: Generator[Chunk], first: asyncio.Task[tuple[Chunk | None, Encoded | None]]

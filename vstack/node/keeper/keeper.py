@@ -40,6 +40,7 @@ from vstack.mesh.registers import (
     unpack_video,
     unpack_views,
     upload_id,
+    uploads_prefix,
     video_key,
     views_prefix,
 )
@@ -278,7 +279,7 @@ class Keeper:
     async def _look_at(self, video: Video, nodes: Nodes, queue: list[Queued], tally: Counter[str]) -> bool:
         """One video; whether all of it could be looked at. Raises nothing: others wait for their turn."""
         try:
-            table = await self._mesh.list(f"chunk/{video.id}/")
+            table = await self._mesh.list(uploads_prefix(video.id))
             if len(_older(table.rows, video)) < len(table.rows):
                 # It has just been changed, and the next pass sees how; or a recovery has left its register at
                 # what it said before. Then a later version would turn what is there into garbage.
@@ -442,7 +443,7 @@ class Keeper:
             views = await self._mesh.list(views_prefix(video.id))
             if not await self._delete(views.rows) or not views.complete:
                 return
-        again = await self._mesh.list(f"chunk/{video.id}/")
+        again = await self._mesh.list(uploads_prefix(video.id))
         if again.complete and not _older(again.rows, video):
             await self._mesh.change(Change(video_key(video.id), video.version, None))
             self.figures["purged"] += 1

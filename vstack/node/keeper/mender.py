@@ -283,7 +283,7 @@ class Mender:
         scheme = work.scheme
         if scheme.k == 1:
             return {0: (chunk, record.entry.sha256)}
-        pieces, hashes = await self._offload(_encode, chunk, scheme)
+        pieces, hashes = await self._offload(erasure.encode_hashed, chunk, *scheme)
         if same:
             for place in record.places:
                 if hashes[place.piece] != place.sha256:
@@ -412,8 +412,3 @@ def _decode(pieces: dict[int, bytes], record: ChunkRecord) -> bytes:
     if hashlib.sha256(data).digest() != record.entry.sha256:
         raise DamagedData("the pieces are as stored, but do not make the chunk")
     return data
-
-
-def _encode(data: bytes, scheme: Scheme) -> tuple[list[bytes], list[bytes]]:
-    pieces = erasure.encode(data, scheme.k, scheme.m)
-    return pieces, [hashlib.sha256(p).digest() for p in pieces]
