@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -16,7 +16,7 @@ from vstack.errors import VstackError
 from vstack.mesh.config import NodeId, View
 from vstack.mesh.messages import Found, List, Listing, Op, Outcome, Row, Scan, ScanReply, Value
 from vstack.mesh.paxos.proposer import Proposer
-from vstack.mesh.paxos.ranges import Merged, askers, complete, merge
+from vstack.mesh.paxos.ranges import Merged, askers, complete, merge, suffice
 from vstack.mesh.transport import Incoming, Session
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ class Gather:
     wanted: List
     waiting: set[NodeId]
     """Acceptors whose page has not come."""
+    unasked: set[NodeId]
+    """Those of them that are down: they are asked when they are back."""
     pages_until: float
     reads_until: float
     correlation: bytes
@@ -47,12 +49,21 @@ class Listings:
     """All listings that clients have asked this node for. A third of a request's time is for the pages,
     a third for the reads, and the rest for the way back."""
 
-    def __init__(self, me: NodeId, view: View, proposer: Proposer, scan: Callable[[Scan], ScanReply]) -> None:
-        """`scan` gives the own page; it raises VstackError if a record cannot be read."""
+    def __init__(
+        self,
+        me: NodeId,
+        view: View,
+        proposer: Proposer,
+        scan: Callable[[Scan], ScanReply],
+        is_live: Callable[[NodeId], bool],
+    ) -> None:
+        """`scan` gives the own page; it raises VstackError if a record cannot be read. `is_live` says
+        whether it is worth asking a node."""
         self._me = me
         self._view = view
         self._proposer = proposer
         self._scan = scan
+        self._is_live = is_live
         self._gathers: dict[bytes, Gather] = {}
         self._numbers = count(1)
         self.to_send: list[tuple[NodeId, Scan, bytes, int]] = []
@@ -60,23 +71,43 @@ class Listings:
         self.done: list[tuple[Incoming, Listing]] = []
         """Finished listings. The caller empties it."""
 
-    def start(self, request: Incoming, wanted: List, down: Collection[NodeId], now: float) -> None:
-        """Begins a listing; nodes that are `down` are not waited for."""
+    def start(self, request: Incoming, wanted: List, now: float) -> None:
+        """Begins a listing. Nodes that are down are waited for only if it takes them to be complete: all
+        are down to a node that has just started, until they answer it."""
         third = max(0.1, (request.deadline - now) / 3)
-        asked = {n for n in askers(self._view, wanted.prefix) if n not in down}
-        correlation = next(self._numbers).to_bytes(8)
-        gather = Gather(request, wanted, asked, now + third, now + 2 * third, correlation)
-        self._gathers[correlation] = gather
-        scan = Scan(wanted.prefix, wanted.after, wanted.limit, self._view.epoch)
-        for node in sorted(asked - {self._me}):
-            self.to_send.append((node, scan, correlation, int(third * 1000)))
+        asked = set(askers(self._view, wanted.prefix))
+        down = {n for n in asked if n != self._me and not self._is_live(n)}
+        if suffice(self._view, wanted.prefix, asked - down):
+            asked -= down
+        gather = Gather(
+            request,
+            wanted,
+            waiting=asked,
+            unasked=asked - {self._me},
+            pages_until=now + third,
+            reads_until=now + 2 * third,
+            correlation=next(self._numbers).to_bytes(8),
+        )
+        self._gathers[gather.correlation] = gather
+        self._ask(gather, now)
         if self._me in asked:
             try:
-                self.on_page(self._me, correlation, self._scan(scan), now)
+                self.on_page(self._me, gather.correlation, self._scan(self._question(gather)), now)
             except VstackError as e:
                 log.error("%s", e)
                 gather.waiting.discard(self._me)
         self._merge_if_all_came(gather, now)
+
+    def _ask(self, gather: Gather, now: float) -> None:
+        """Asks those that have not been asked and are not down."""
+        budget = int((gather.pages_until - now) * 1000)
+        for node in sorted(n for n in gather.unasked if self._is_live(n)):
+            self.to_send.append((node, self._question(gather), gather.correlation, budget))
+            gather.unasked.discard(node)
+
+    def _question(self, gather: Gather) -> Scan:
+        wanted = gather.wanted
+        return Scan(wanted.prefix, wanted.after, wanted.limit, self._view.epoch)
 
     def of(self, session: Session) -> int:
         """How many listings a connection has under way."""
@@ -107,9 +138,12 @@ class Listings:
         self._finish_if_read(gather)
 
     def tick(self, now: float) -> None:
-        """Stops waiting for pages that do not come."""
-        for gather in [g for g in self._gathers.values() if g.merged is None and g.pages_until <= now]:
-            self._merge(gather, now)
+        """Asks nodes that are back, and stops waiting for pages that do not come."""
+        for gather in [g for g in self._gathers.values() if g.merged is None]:
+            if gather.pages_until <= now:
+                self._merge(gather, now)
+            elif gather.unasked:
+                self._ask(gather, now)
 
     def _merge_if_all_came(self, gather: Gather, now: float) -> None:
         if gather.merged is None and not gather.waiting:

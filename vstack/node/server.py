@@ -168,7 +168,7 @@ class Node:
         self._workers = PieceWorkers(self.store, self.transport.wakeup, monotonic)
         self._replies: list[tuple[Incoming, Body, bytes | memoryview]] = []
         self._scans: list[Incoming] = []
-        self._listings = Listings(self.me, self.view, self.proposer, self._scan)
+        self._listings = Listings(self.me, self.view, self.proposer, self._scan, self.peers.is_live)
         self._views = Views(self.me, self.votes.boot, self.view, self._rng)
         self._keeping: Keeping | None = None
         self._sight_at = 0.0
@@ -502,8 +502,7 @@ class Node:
         if self._listings.of(request.session) >= MAX_LISTINGS:
             self._reply(request, Failure("busy", "this connection has listings under way already"))
             return
-        down = {n for n in self.view.participants if not self.peers.is_live(n)}
-        self._listings.start(request, wanted, down - {self.me}, now)
+        self._listings.start(request, wanted, now)
 
     def _on_submit(self, request: Incoming, submit: Submit, now: float) -> None:
         if self.proposer.in_flight + len(submit.ops) > MAX_OPS_IN_FLIGHT:

@@ -8,7 +8,7 @@ asked that knows of a key: the listing is complete only if too few are silent to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import NamedTuple
 
 from vstack.mesh.config import NodeId, View, key_subject
@@ -83,8 +83,12 @@ def _settled(view: View, key: str, said: Mapping[NodeId, tuple[Ballot, Value]]) 
 
 
 def complete(view: View, prefix: str, replies: Mapping[NodeId, ScanReply]) -> bool:
-    """Whether these replies are enough: too few acceptors are missing to hide a majority."""
-    here = {n for n, r in replies.items() if r.epoch == view.epoch}
+    """Whether these replies are enough. Replies of another epoch than the view's do not count."""
+    return suffice(view, prefix, {n for n, r in replies.items() if r.epoch == view.epoch})
+
+
+def suffice(view: View, prefix: str, here: Set[NodeId]) -> bool:
+    """Whether the pages of these nodes are enough: too few acceptors are missing to hide a majority."""
     if _of_one_video(prefix):
         return all(len(here & set(era.group)) >= era.majority for era in view.eras(prefix))
     for config in view.chain():
