@@ -68,7 +68,7 @@ def test_too_few_fragments_are_an_error_that_counts_them(missing: int) -> None:
 
 def test_fragments_of_a_wrong_size_do_not_count() -> None:
     fragments = dict(enumerate(encode(noise(50), 3, 5)))
-    for wrong in (fragments[1][:-1], fragments[1] + b"\0", b""):
+    for wrong in (fragments[1][:-1], bytes(fragments[1]) + b"\0", b""):
         spoiled = {**fragments, 1: wrong}
         assert decode(spoiled, 3, 5, 50) == noise(50), "there are four others"
         with pytest.raises(DamagedData):

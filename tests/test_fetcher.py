@@ -57,7 +57,7 @@ class FakeMesh:
         self.record = self.stored(scheme, holders)
 
     def stored(self, scheme: Scheme, holders: str) -> ChunkRecord:
-        pieces = erasure.encode(self.data, scheme.k, scheme.m)
+        pieces = [bytes(p) for p in erasure.encode(self.data, scheme.k, scheme.m)]
         places = []
         for i, letter in enumerate(holders):
             number = 0 if scheme.k == 1 else i
@@ -71,7 +71,7 @@ class FakeMesh:
         return [Held("quarantined", bytes(32)) for _ in keys]
 
     async def get_range(
-        self, node: str, key: PieceKey, offset: int, length: int, *, timeout: float, check: bool = True
+        self, node: str, key: PieceKey, offset: int, length: int, *, timeout: float
     ) -> tuple[memoryview, PieceData]:
         self.requests.append((node, key.piece, offset))
         piece = self.pieces.get((node, key.piece))
@@ -79,7 +79,7 @@ class FakeMesh:
             await self.before(node)
         if piece is None:
             raise Refused(Failure("not-found", "no such piece"))
-        return memoryview(piece)[offset : offset + length], PieceData(len(piece), 0)
+        return memoryview(piece)[offset : offset + length], PieceData(len(piece))
 
     async def read(self, key: str) -> Found:
         self.reads += 1
@@ -123,6 +123,26 @@ def test_a_damaged_piece_is_fetched_from_elsewhere_and_its_node_is_asked_to_look
             "piece 0 of chunk 4 is damaged"
         ]
         assert mesh.doubted == [bad]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("spoilt", ["a", "b", "c", "ab", "bc"])
+def test_of_several_that_gave_of_a_damaged_piece_the_one_that_has_it_damaged_is_found(spoilt: str) -> None:
+    async def run() -> None:
+        mesh = FakeMesh(noise(1_000_001), REPLICATED, "abc")
+        bad = {NODES[letter] for letter in spoilt}
+        for node in bad:
+            mesh.pieces[node, 0] = bytes(1_000_001)
+        async with fetcher_of(mesh) as fetcher:
+            chunk = await fetcher.fetch(mesh.record)
+        assert chunk.data == mesh.data
+        assert not bad & chunk.served.keys()
+        assert len(chunk.served) == 1
+        assert mesh.reads == 0, "no holder was given up that is in order"
+        blamed = {node for _, node, why in fetcher.failures if why == "piece 0 of chunk 4 is damaged"}
+        assert blamed <= bad
+        assert {node for node, _ in mesh.doubted} >= bad
 
     asyncio.run(run())
 

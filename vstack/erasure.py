@@ -8,7 +8,7 @@ fragment's SHA-256 are in its register.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import zfec
 
@@ -20,17 +20,18 @@ def fragment_size(length: int, k: int) -> int:
     return -(-length // k)
 
 
-def encode(data: bytes, k: int, m: int) -> list[bytes]:
-    """The m fragments of `data`, by number. k = 1 gives m times the data itself."""
+def encode(data: bytes, k: int, m: int) -> list[bytes | memoryview]:
+    """The m fragments of `data`, by number; the first k are views of it. k = 1: m times the data itself."""
     if k == 1:
         return [data] * m
     size = fragment_size(len(data), k)
-    blocks = [data[i * size : (i + 1) * size] for i in range(k)]
-    blocks = [b if len(b) == size else b + bytes(size - len(b)) for b in blocks]
-    return [bytes(b) for b in zfec.Encoder(k, m).encode(blocks)]
+    view = memoryview(data)
+    blocks: list[bytes | memoryview] = [view[i * size : (i + 1) * size] for i in range(k)]
+    blocks = [b if len(b) == size else bytes(b).ljust(size, b"\0") for b in blocks]
+    return [*blocks, *zfec.Encoder(k, m).encode(blocks, range(k, m))]
 
 
-def encode_hashed(data: bytes, k: int, m: int) -> tuple[list[bytes], list[bytes]]:
+def encode_hashed(data: bytes, k: int, m: int) -> tuple[list[bytes | memoryview], list[bytes]]:
     """The m fragments of `data`, by number, and the SHA-256 of each."""
     pieces = encode(data, k, m)
     return pieces, [hashlib.sha256(piece).digest() for piece in pieces]
@@ -42,17 +43,21 @@ def decode(fragments: Mapping[int, bytes | memoryview], k: int, m: int, length: 
     Raises DamagedData if there are fewer than k, or if their sizes are not that of a fragment. Says
     nothing about their content: the caller checks hashes.
     """
+    return b"".join(decode_parts(fragments, k, m, length))
+
+
+def decode_parts(
+    fragments: Mapping[int, bytes | memoryview], k: int, m: int, length: int
+) -> tuple[memoryview, ...]:
+    """As `decode`, in k parts: fragments that are a part of the chunk are not copied."""
     size = fragment_size(length, k)
     whole = {i: f for i, f in fragments.items() if 0 <= i < m and len(f) == size}
     if len(whole) < k:
         raise DamagedData(f"{k} fragments of {size} bytes are needed, {len(whole)} are there")
     numbers = sorted(whole)[:k]  # the systematic ones first: they need no arithmetic
-    if k == 1:
-        return bytes(whole[numbers[0]])
-    blocks: list[bytes | memoryview] = [whole[i] for i in numbers]
-    if numbers != list(range(k)):
+    blocks: Sequence[bytes | memoryview] = [whole[i] for i in numbers]
+    if k > 1 and numbers != list(range(k)):
         blocks = zfec.Decoder(k, m).decode(blocks, numbers)
-    padding = k * size - length
-    if padding:  # spread over the last blocks, when the chunk is shorter than they are many
-        blocks = [memoryview(b)[: max(0, min(size, length - i * size))] for i, b in enumerate(blocks)]
-    return b"".join(blocks)
+    # What pads the last ones, when the chunk is shorter than they are many, is left out.
+    ends = (max(0, min(size, length - i * size)) for i in range(k))
+    return tuple(memoryview(b)[:end] for b, end in zip(blocks, ends, strict=True))

@@ -146,7 +146,7 @@ class SimMesh:
             if stored is None:
                 raise _refused("not-found", "no such piece")
             data = memoryview(stored.payload)[offset : offset + length]
-            return data, PieceData(len(stored.payload), 0)
+            return data, PieceData(len(stored.payload))
 
         return await self._ask(node, timeout, get)
 

@@ -113,7 +113,7 @@ class Scene:
     def put(self, node: SimNode, piece: int, scheme: Scheme, generation: Generation) -> Place:
         """A piece is on that node's disk now."""
         number = 0 if scheme.k == 1 else piece
-        payload = erasure.encode(self.data, scheme.k, scheme.m)[number]
+        payload = bytes(erasure.encode(self.data, scheme.k, scheme.m)[number])
         place = Place(node.id, number, hashlib.sha256(payload).digest(), generation)
         key = self.chunk(scheme, [place]).key(self.video, self.upload, place)
         self.ledger.on_put(node.id, key, scheme, place.sha256)

@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import zlib
 from collections import deque
 from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import NamedTuple
 
 from vstack import erasure
 from vstack.client.pieces import what
@@ -56,13 +54,6 @@ class FetchedChunk:
         return b"".join(self.parts)
 
 
-class _Block(NamedTuple):
-    node: NodeId
-    data: memoryview
-    crc32: int
-    """As the node says. Looked at only if the piece turns out to be damaged: it tells whose block it was."""
-
-
 @dataclass(eq=False)
 class _Job:
     record: ChunkRecord
@@ -70,10 +61,12 @@ class _Job:
     began: float
     done: asyncio.Future[FetchedChunk]
     progress: float
-    blocks: dict[int, dict[int, _Block]] = field(default_factory=dict)
+    blocks: dict[int, dict[int, memoryview]] = field(default_factory=dict)
     """What has arrived, by piece and offset: the sockets' own memory, joined once the piece is whole."""
     sources: dict[int, dict[NodeId, int]] = field(default_factory=dict)
     """Bytes by piece and node."""
+    mixed: set[int] = field(default_factory=set)
+    """Pieces that were damaged when several nodes had given of them."""
     failovers: int = 0
     failed_at: float | None = None
     """When a request failed, until the next byte arrives."""
@@ -197,9 +190,7 @@ class ChunkFetcher:
             return
         key = record.key(self._video, self._upload, place)
         try:
-            data, info = await self._mesh.get_range(
-                fetch.node, key, fetch.offset, fetch.length, timeout=10.0, check=False
-            )
+            data, info = await self._mesh.get_range(fetch.node, key, fetch.offset, fetch.length, timeout=10.0)
             size = erasure.fragment_size(record.entry.size, record.scheme.k)
             if len(data) != fetch.length or info.total != size:
                 raise DamagedData(f"node {fetch.node[:8]} holds a piece of another size")
@@ -212,11 +203,10 @@ class ChunkFetcher:
             job.failed_at = job.failed_at or monotonic()
             self._scheduler.failed(fetch.number, monotonic(), gone=gone)
         else:
-            self._take(fetch, job, _Block(fetch.node, data, info.crc32))
+            self._take(fetch, job, data)
         self._wake.set()
 
-    def _take(self, fetch: Fetch, job: _Job, block: _Block) -> None:
-        data = block.data
+    def _take(self, fetch: Fetch, job: _Job, data: memoryview) -> None:
         self.bytes_received += len(data)
         if not self._scheduler.received(fetch.number, monotonic()):
             self.bytes_wasted += len(data)
@@ -225,7 +215,7 @@ class ChunkFetcher:
         if job.failed_at is not None:
             self.failover_times.append(job.progress - job.failed_at)
             job.failed_at = None
-        job.blocks.setdefault(fetch.piece, {})[fetch.offset] = block
+        job.blocks.setdefault(fetch.piece, {})[fetch.offset] = data
         source = job.sources.setdefault(fetch.piece, {})
         source[fetch.node] = source.get(fetch.node, 0) + len(data)
         self._finish_all()
@@ -245,27 +235,18 @@ class ChunkFetcher:
         blocks = {n: [b for _, b in sorted(job.blocks.get(n, {}).items())] for n in pieces}
 
         def assemble() -> tuple[tuple[bytes | memoryview, ...], bool]:
-            parts = _assemble({n: [b.data for b in found] for n, found in blocks.items()}, record)
+            parts = _assemble(blocks, record)
             return parts, _sha256(parts) == entry.sha256
 
-        def check() -> dict[int, NodeId]:
-            """The damaged pieces, and who is to blame for each."""
-            bad: dict[int, NodeId] = {}
-            for n, found in blocks.items():
-                if _sha256(block.data for block in found) != hashes[n]:
-                    liars = [b.node for b in found if zlib.crc32(b.data) != b.crc32]
-                    bad[n] = liars[0] if liars else max(job.sources[n], key=lambda x: job.sources[n][x])
-            return bad
+        def damaged() -> list[int]:
+            return [n for n, found in blocks.items() if _sha256(found) != hashes[n]]
 
         parts, whole = await asyncio.to_thread(assemble)
-        bad = {} if whole else await asyncio.to_thread(check)
+        bad = [] if whole else await asyncio.to_thread(damaged)
         if job.done.done():
             return
-        for n, worst in bad.items():
-            self.failures.append((monotonic(), worst, f"piece {n} of {what(entry.index)} is damaged"))
-            del job.blocks[n], job.sources[n]
-            self._scheduler.reject(entry.index, n, worst)
-            self._spawn(self._report(record, n, worst))
+        for n in bad:
+            self._reject(job, n)
         if bad:
             job.failovers += len(bad)
             self._wake.set()
@@ -280,6 +261,21 @@ class ChunkFetcher:
             for node, size in job.sources.get(n, {}).items():
                 served[node] = served.get(node, 0) + size
         job.done.set_result(FetchedChunk(entry, parts, served, monotonic() - job.began, job.failovers))
+
+    def _reject(self, job: _Job, piece: int) -> None:
+        """A damaged piece: whoever gave it is told, and asked for it no more. If several gave of it, whoever
+        is to blame shows when it comes from one; should it not fit one request, most of it is the proof."""
+        index = job.record.entry.index
+        del job.blocks[piece]
+        sources = job.sources.pop(piece)
+        certain = len(sources) == 1 or piece in job.mixed
+        job.mixed.add(piece)
+        gave = "" if certain else "gave some of it, and "
+        for node in sources:
+            why = f"{gave}piece {piece} of {what(index)} is damaged"
+            self.failures.append((monotonic(), node, why))
+            self._spawn(self._report(job.record, piece, node))
+        self._scheduler.reject(index, piece, max(sources, key=lambda n: sources[n]) if certain else None)
 
     async def _report(self, record: ChunkRecord, piece: int, node: NodeId) -> None:
         """Has the node that gave a damaged piece read it: what is bad there is repaired."""
@@ -337,7 +333,7 @@ def _assemble(
     k, size = record.scheme.k, record.entry.size
     if sorted(pieces) != list(range(k)):
         joined = {n: parts[0] if len(parts) == 1 else b"".join(parts) for n, parts in pieces.items()}
-        return (erasure.decode(joined, k, record.scheme.m, size),)
+        return erasure.decode_parts(joined, k, record.scheme.m, size)
     out: list[bytes | memoryview] = []
     left = size
     for part in (part for n in range(k) for part in pieces[n]):

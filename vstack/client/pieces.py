@@ -48,7 +48,7 @@ class Encoded(NamedTuple):
     """The fragments of a chunk and their hashes."""
 
     scheme: Scheme
-    pieces: list[bytes]
+    pieces: list[bytes | memoryview]
     hashes: list[bytes]
 
 
@@ -74,6 +74,7 @@ class PieceWriter:
 
         Raises TooFewNodes if too few nodes took theirs, BadInput if a piece is over MAX_PIECE bytes.
         """
+        pieces: list[bytes | memoryview]
         if scheme.k == 1:
             pieces, hashes = [data] * scheme.m, [sha256] * scheme.m
         elif encoded is not None and encoded.scheme == scheme:
@@ -128,7 +129,7 @@ class PieceWriter:
         index: int,
         piece: int,
         data: bytes,
-        payload: bytes,
+        payload: bytes | memoryview,
         sha256: bytes,
         scheme: Scheme,
     ) -> str | None:

@@ -24,6 +24,7 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from vstack.mesh.config import NodeId
+from vstack.mesh.messages import MAX_RANGE
 
 SILENCE = 1.5
 """Seconds without a byte from a node that owes us some, after which it counts as failed."""
@@ -32,7 +33,7 @@ PRIOR_RATE = 2e6
 PRIOR_RTT = 0.02
 FORGET = 30.0
 """Seconds after which an estimate is not believed any more."""
-MIN_BLOCK, MAX_BLOCK = 64 << 10, 1 << 20
+MIN_BLOCK, MAX_BLOCK = 64 << 10, MAX_RANGE
 MIN_SAMPLE = 16 << 10
 HALF_LIFE = 0.5
 """Seconds of service after which an old measurement weighs half."""
@@ -83,7 +84,7 @@ class Scheduler(Protocol):
     def requests(self, now: float) -> list[Fetch]: ...
     def received(self, number: int, now: float) -> bool: ...
     def failed(self, number: int, now: float, *, gone: bool) -> None: ...
-    def reject(self, index: int, piece: int, node: NodeId) -> None: ...
+    def reject(self, index: int, piece: int, node: NodeId | None) -> None: ...
     def next_wake(self) -> float | None: ...
 
 
@@ -127,6 +128,8 @@ class _Piece:
     length: int
     holders: list[NodeId]
     blocks: list[_Block] = field(default_factory=list)
+    whole: bool = False
+    """To be fetched from one node, as far as one request goes."""
 
     @property
     def complete(self) -> bool:
@@ -192,13 +195,16 @@ class BestHolder:
         """The chunk is not wanted any more; what arrives for it is wasted."""
         self._chunks.pop(index, None)
 
-    def reject(self, index: int, piece: int, node: NodeId) -> None:
-        """What `node` holds as this piece is not what it should be: start the piece again without it."""
+    def reject(self, index: int, piece: int, node: NodeId | None) -> None:
+        """What `node` holds as this piece is not what it should be: start the piece again without it. None:
+        several have given of it, and it is not known whose part was bad; it is fetched again in blocks as
+        large as they may be, so that it shows."""
         chunk = self._chunks.get(index)
         if chunk is not None and piece in chunk.pieces:
             p = chunk.pieces[piece]
             p.blocks = []  # what is still under way belongs to these, and is wasted
             p.holders = [n for n in p.holders if n != node]
+            p.whole |= node is None
             chunk.finished = False
 
     # -- what to do -------------------------------------------------------------------------------
@@ -249,7 +255,7 @@ class BestHolder:
         for number in chosen:
             piece = chunk.pieces[number]
             if not piece.blocks:
-                size = self._block_size(piece.holders, now)
+                size = MAX_BLOCK if piece.whole else self._block_size(piece.holders, now)
                 piece.blocks = [
                     _Block(at, min(size, piece.length - at)) for at in range(0, piece.length, size)
                 ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 import msgspec
 import zmq
 
-from vstack.errors import DamagedData, MeshUnavailable, OutcomeUnknown, UsageError, VstackError
+from vstack.errors import MeshUnavailable, OutcomeUnknown, UsageError, VstackError
 from vstack.mesh.changes import Authorise, MeshChange, Revoke, SetPolicy
 from vstack.mesh.config import Config, Member, NodeId, group, key_subject, leader, same_leader
 from vstack.mesh.dialer import Answered, Dialer, KeyRefused, NoAnswer, Refused
@@ -473,15 +472,15 @@ class MeshClient:
         return _expect(Stored, answer).present
 
     async def get_range(
-        self, node: NodeId, key: PieceKey, offset: int, length: int, *, timeout: float, check: bool = True
+        self, node: NodeId, key: PieceKey, offset: int, length: int, *, timeout: float
     ) -> tuple[memoryview, PieceData]:
-        """Bytes of one piece. Raises NoAnswer, Refused; with `check`, DamagedData (their CRC-32 differs)."""
+        """Bytes of one piece, as the node has them: whoever has the whole piece checks its hash.
+
+        Raises NoAnswer, Refused.
+        """
         body = GetPiece(_wire(key), offset, length)
         answer = await self.ask(node, body, lane=Lane.DATA, timeout=timeout)
-        data = _expect(PieceData, answer)
-        if check and zlib.crc32(answer.payload) != data.crc32:
-            raise DamagedData(f"node {node[:8]} sent a range of a piece that does not fit its checksum")
-        return answer.payload, data
+        return answer.payload, _expect(PieceData, answer)
 
     async def inventory(
         self,

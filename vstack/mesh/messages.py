@@ -31,7 +31,7 @@ MAX_CONTROL = 1 << 20
 """Bytes of one part on the control lane."""
 MAX_PIECE = 8 << 20
 """Bytes of one piece: a whole copy of the largest chunk."""
-MAX_RANGE = 1 << 20
+MAX_RANGE = 2 << 20
 """Bytes that one request reads: what a node keeps in memory for a connection is bounded by it."""
 MAX_DATA = 9 << 20
 """Bytes of one part on the data lane."""
@@ -475,8 +475,6 @@ class PieceData(msgspec.Struct, frozen=True, array_like=True, tag=18):
 
     total: U64
     """Length of the whole piece."""
-    crc32: U64
-    """zlib's CRC-32 of the payload part."""
 
 
 class GetInventory(msgspec.Struct, frozen=True, array_like=True, tag=30):

@@ -25,6 +25,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 
 from rocksdict import (
     AccessType,
@@ -67,6 +68,7 @@ class Index:
         """Opens or makes the index; only opens it if it is `read_only`. Raises IndexDamaged."""
         self._folder = folder
         self._mark = folder / _DAMAGE_MARK
+        self._measured, self._measured_until = 0, 0.0
         if self._mark.exists():
             raise IndexDamaged(f"the index in {folder} was found damaged before")
         try:
@@ -147,12 +149,16 @@ class Index:
         self.write(batch, sync=False)
 
     def disk_bytes(self) -> int:
-        """What the index itself takes on disk."""
+        """What the index itself takes on disk, or took less than a second ago: it is asked after each batch."""
+        now = monotonic()
+        if now < self._measured_until:
+            return self._measured
         total = 0
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):  # RocksDB removes files as it goes
                     total += entry.stat().st_size
+        self._measured, self._measured_until = total, now + 1.0
         return total
 
     def pieces(self, prefix: bytes, after: bytes) -> Iterator[tuple[bytes, PieceRow]]:

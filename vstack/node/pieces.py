@@ -61,8 +61,6 @@ class PieceRead(NamedTuple):
     offset: int
     payload: bytes
     """A buffer of its own: it may be sent without copying, and kept."""
-    crc32: int
-    """zlib.crc32 of `payload`."""
 
 
 class Holding(NamedTuple):

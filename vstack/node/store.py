@@ -27,7 +27,6 @@ import itertools
 import logging
 import struct
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -175,7 +174,7 @@ class ChunkStore:
         ValueError if the range is not inside the piece, OSError if the disk fails.
         """
         row, data = self._load(key, lambda row: _span(row, offset, length))
-        return PieceRead(_info(key, row), offset, data, zlib.crc32(data))
+        return PieceRead(_info(key, row), offset, data)
 
     def verify(self, key: PieceKey) -> PieceInfo:
         """Reads the whole piece and checks header, hash and footer. Raises as `read` does."""

@@ -202,7 +202,7 @@ class PieceWorkers:
                     log.exception("a read failed")
                     self._finish(request, failure(e))
                 else:
-                    self._finish(request, PieceData(found.info.length, found.crc32), found.payload)
+                    self._finish(request, PieceData(found.info.length), found.payload)
 
     def _survey_loop(self) -> None:
         while batch := self._next(self._surveys, self._to_survey, 0):
