@@ -149,7 +149,7 @@ class Index:
         self.write(batch, sync=False)
 
     def disk_bytes(self) -> int:
-        """What the index itself takes on disk, or took less than a second ago: it is asked after each batch."""
+        """What the index itself takes on disk, or took less than a second ago: this is asked often."""
         now = monotonic()
         if now < self._measured_until:
             return self._measured
