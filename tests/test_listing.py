@@ -12,7 +12,7 @@ from vstack.mesh.messages import List, Listing, Scan, ScanReply
 from vstack.mesh.paxos.acceptor import Acceptor
 from vstack.mesh.paxos.proposer import Proposer
 from vstack.mesh.transport import Incoming, Session
-from vstack.node.listing import ENOUGH, Listings
+from vstack.node.listing import LAST_PAGES, Listings
 
 NODES = tuple(f"{i:032x}" for i in range(1, 6))
 ME = NODES[0]
@@ -83,14 +83,17 @@ def test_a_node_that_has_just_started_waits_for_those_that_it_takes_to_be_comple
     assert listing.silent == ()
 
 
-def test_what_is_enough_is_waited_for_no_longer() -> None:
+@pytest.mark.parametrize(
+    ("took", "then"), [(0.0001, LAST_PAGES[0]), (0.02, 0.02), (1.0, LAST_PAGES[1])], ids=str
+)
+def test_where_some_are_enough_the_last_pages_get_as_long_again(took: float, then: float) -> None:
     node = Listener(*NODES[1:])
     node.start()
-    node.answer(*NODES[1:3], at=1.0)
-    node.listings.tick(1.0 + ENOUGH / 2)
+    node.answer(*NODES[1:3], at=took)
+    node.listings.tick(took + then * 0.9)
     assert node.done() is None
-    assert node.listings.next_wake() == pytest.approx(1.0 + ENOUGH)
-    node.listings.tick(1.0 + ENOUGH)
+    assert node.listings.next_wake() == pytest.approx(took + then)
+    node.listings.tick(took + then)
     listing = node.done()
     assert listing is not None
     assert listing.complete

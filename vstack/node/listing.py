@@ -21,9 +21,10 @@ from vstack.mesh.transport import Incoming, Session
 
 log = logging.getLogger(__name__)
 
-ENOUGH = 0.05
-"""Seconds for which the remaining pages are waited for once those that have come are enough. A node that
-has just died is not known to be down yet, and its page never comes."""
+LAST_PAGES = 0.005, 0.05
+"""Seconds, at least and at most, for which the remaining pages are waited for once those that have come are
+enough: as long as those took. A node that has just died is not known to be down yet, and its page never
+comes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +37,7 @@ class Gather:
     """Acceptors whose page has not come."""
     unasked: set[NodeId]
     """Those of them that are down: they are asked when they are back."""
+    began: float
     pages_until: float
     reads_until: float
     correlation: bytes
@@ -84,6 +86,7 @@ class Listings:
             wanted,
             waiting=asked,
             unasked=asked - {self._me},
+            began=now,
             pages_until=now + third,
             reads_until=now + 2 * third,
             correlation=next(self._numbers).to_bytes(8),
@@ -120,7 +123,8 @@ class Listings:
             gather.replies[node] = page
             gather.waiting.discard(node)
             if complete(self._view, gather.wanted.prefix, gather.replies):
-                gather.pages_until = min(gather.pages_until, now + ENOUGH)
+                least, most = LAST_PAGES
+                gather.pages_until = min(gather.pages_until, now + min(most, max(least, now - gather.began)))
             self._merge_if_all_came(gather, now)
 
     def next_wake(self) -> float | None:
