@@ -147,6 +147,7 @@ def test_status_is_degraded_while_one_node_is_down(film: Path, tmp_path: Path) -
         assert done.code == 8
         assert done.json["health"] == "degraded"
         assert three.nodes[2].address in str(done.json["reasons"])
+        assert f"or after `vstack mesh remove {three.nodes[2].node[:8]}`" in str(done.json["reasons"])
         assert vstack("put", film, peers=some).code == 0
 
 

@@ -119,7 +119,9 @@ def test_rm_hides_it_and_put_brings_it_back(home: Path, film: Path, video: str) 
     hidden = vstack("ls", "--all", "--json", cwd=home).json["videos"]
     assert isinstance(hidden, list)
     assert [(v["id"], v["state"]) for v in hidden] == [(video, "deleted")]
-    vstack("get", video, "-o", "x.mp4", cwd=home).failed_with(4, "vstack ls")
+    for name in (video, video[:9], "holiday"):
+        vstack("get", name, "-o", "x.mp4", cwd=home).failed_with(4, f"vstack undelete {video[:12]}")
+    vstack("get", "0" * 64, "-o", "x.mp4", cwd=home).failed_with(4, "vstack ls")
     again = vstack("put", film, "--json", cwd=home).json["stored"]
     assert isinstance(again, list)
     assert again[0]["state"] == "undeleted"

@@ -174,6 +174,20 @@ def test_the_last_holder_that_is_up_neither_drains_nor_leaves(tmp_path: Path) ->
         assert epoch_of(mesh) == epoch
 
 
+def test_a_node_leaves_the_only_other_one_only_if_that_is_wanted(tmp_path: Path) -> None:
+    with running_mesh(tmp_path / "mesh", 2) as mesh:
+        put(mesh, tmp_path / "film")
+        leaver, stays = mesh.nodes
+        epoch = epoch_of(mesh)
+        run(mesh, "mesh", "drain", leaver.node).failed_with(2, stays.node[:8], "--force")
+        run(mesh, "mesh", "remove", leaver.node).failed_with(2, "only copy", "--yes")
+        assert epoch_of(mesh) == epoch
+        removed = run(mesh, "mesh", "remove", leaver.node, "--yes")
+        assert removed.code == 0, removed
+        leaver.kill()
+        assert run(mesh, "get", "film", "-o", tmp_path / "copy").code == 0
+
+
 def test_a_dead_node_leaves_without_more_ado_if_enough_pieces_are_elsewhere(tmp_path: Path) -> None:
     with running_mesh(tmp_path / "mesh", 5) as mesh:
         put(mesh, tmp_path / "film")

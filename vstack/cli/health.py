@@ -7,7 +7,7 @@ import asyncio
 from collections import Counter
 
 from vstack.cli import show
-from vstack.cli.keep import DEGRADED, repair_lines
+from vstack.cli.keep import DEGRADED, lacking, of_a_silent_node, repair_lines
 from vstack.errors import VstackError
 from vstack.mesh.config import Config, Member, NodeId
 from vstack.mesh.mesh_client import MeshClient
@@ -79,7 +79,14 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
     quorum = silent_voters <= (mesh.config.g - 1) // 2
     if not quorum:
         reasons.append("too many nodes are down: some videos can be neither read nor written")
-    health = "unavailable" if not quorum else "degraded" if members != len(up) else "healthy"
+    keepers = {a.node: a.keeper for a in up}
+    if members != len(up):
+        down = [m.node for m in mesh.members if m.node not in answering]
+        which = down[0] if len(down) == 1 else "NODE"
+        reasons.append(f"a node that is down: {of_a_silent_node(mesh, which)}")
+    if short := lacking(keepers):
+        reasons.append(f"{show.count(short, 'chunk')} without full redundancy")
+    health = "unavailable" if not quorum else "degraded" if members != len(up) or short else "healthy"
     totals: Counter[str] = Counter()
     for a in up:
         totals.update(a.counters)
@@ -120,7 +127,7 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
             f"  {show.count(round(pieces), 'piece')}, {show.size(bytes_)}; "
             f"at least {show.size(free)} free on each node"
         )
-        for line in repair_lines({a.node: a.keeper for a in up}):
+        for line in repair_lines(keepers):
             show.out.print(f"  {line}")
         if (per_attempt := _per_attempt(totals)) is not None:
             show.out.print(

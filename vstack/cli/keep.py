@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from vstack.cli import show
 from vstack.cli.policy import change_policy, parse_settings, show_duration
@@ -37,6 +37,12 @@ def total(found: Figures, name: str) -> int:
     return round(sum(f.get(name, 0.0) for f in found.values()))
 
 
+def lacking(found: Figures) -> int:
+    """Chunks that cannot be read, or have less redundancy than is wanted; what only waits to become copies
+    or fragments is not among them."""
+    return total(found, "unreadable") + max(0, total(found, "degraded") - total(found, "queue_switch"))
+
+
 def repair_lines(found: Figures) -> list[str]:
     """How repair stands, in words; nothing if there is nothing to do."""
     lines = []
@@ -63,7 +69,8 @@ def repair_lines(found: Figures) -> list[str]:
             said += f", {show.size(rate)}/s, {show.clock(eta)} left"
         lines.append(said)
     elif degraded := total(found, "degraded"):
-        lines.append(f"{show.count(degraded, 'chunk')} with less redundancy than is wanted")
+        has = "has" if degraded == 1 else "have"
+        lines.append(f"{show.count(degraded, 'chunk')} {has} less redundancy than is wanted")
     if unclaimed := total(found, "gc_unclaimed"):
         lines.append(
             f"{show.count(unclaimed, 'piece')} of which no register says anything "
@@ -96,14 +103,20 @@ async def repair(mesh: MeshClient, options: argparse.Namespace) -> int:
         except asyncio.CancelledError:
             show.err.print("the nodes go on repairing; `vstack status` shows how far they are")
             raise
+    return _show_repair(mesh, options, before, now)
+
+
+def of_a_silent_node(mesh: MeshClient, node: NodeId) -> str:
+    """What becomes of the pieces of a node that does not answer, in words."""
+    return (
+        f"what it holds is made again elsewhere once it has been down for "
+        f"{show_duration(mesh.config.policy.repair_delay)} (`repair-delay`), or after "
+        f"`vstack mesh remove {node[:8]}`"
+    )
+
+
+def _show_repair(mesh: MeshClient, options: argparse.Namespace, before: Figures, now: Figures) -> int:
     silent = [m.node for m in mesh.members if m.node not in now]
-    return _show_repair(options, before, now, silent, mesh.config.policy.repair_delay)
-
-
-def _show_repair(
-    options: argparse.Namespace, before: Figures, now: Figures, silent: Sequence[NodeId], delay: int
-) -> int:
-    """`silent` members do not answer: what they hold counts as missing after `delay` seconds."""
     names = (
         "chunks_repair", "chunks_drain", "chunks_switch", "chunks_move", "bytes_read", "bytes_written",
         "bytes_restored", "failed", "overtaken",
@@ -124,10 +137,7 @@ def _show_repair(
         for line in repair_lines(now):
             show.out.print(f"  {line}")
         for node in silent:
-            show.warn(
-                f"node {node[:8]} does not answer: what it holds is made again elsewhere once it has been "
-                f"down for {show_duration(delay)} (`repair-delay`), or after `vstack mesh remove {node[:8]}`"
-            )
+            show.warn(f"node {node[:8]} does not answer: {of_a_silent_node(mesh, node)}")
         if not any(left.values()) and not silent:
             show.out.print("  all that is stored has its full redundancy")
     return 1 if left["unreadable"] else DEGRADED if left["degraded"] or silent else 0
@@ -146,7 +156,11 @@ async def gc(mesh: MeshClient, options: argparse.Namespace) -> int:
             if n in before
         )
 
-    now = await _until(mesh, done)
+    try:
+        now = await _until(mesh, done)
+    except asyncio.CancelledError:
+        show.err.print("the nodes go on looking; `vstack gc` tells what they find")
+        raise
     names = ("gc_dropped", "gc_dropped_bytes", "gc_adopted")
     changed = {name: total(now, name) - total(before, name) for name in names}
     kinds = ("named", "waiting", "unclaimed", "stays", "unknown")

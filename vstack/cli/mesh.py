@@ -175,7 +175,9 @@ def add_parser(v: argparse.ArgumentParser, mesh_options: Callable[[argparse.Argu
     _waiting(a)
     a = action("remove", "take a node out of the mesh; it may be switched off when this is done")
     a.add_argument("node", metavar="NODE", help="its id, the beginning of it, or its address")
-    a.add_argument("--yes", action="store_true", help="although chunks may be lost with it")
+    a.add_argument(
+        "--yes", action="store_true", help="although chunks may be lost with it, or only one node is left"
+    )
     _waiting(a)
     a = action("drain", "move a node's votes and pieces elsewhere")
     a.add_argument("node", metavar="NODE")
@@ -303,8 +305,11 @@ async def _must_not_lose_pieces(mesh: MeshClient, node: NodeId) -> None:
         )
     _must_be_known(stake, node, "--yes")
     if len(mesh.members) == 2:
-        show.warn("the node that is left will have the only copy of everything")
-    elif stake.chunks:
+        raise UsageError(
+            "the node that is left would have the only copy of everything, and its loss would lose it. Add a "
+            "node first, or repeat with --yes"
+        )
+    if stake.chunks:
         show.warn(
             f"pieces of {show.count(stake.chunks, 'chunk')} are on node {node[:8]}: they are made again "
             "elsewhere when it is out"

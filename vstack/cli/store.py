@@ -24,6 +24,11 @@ MEDIA_SUFFIXES = (
     ".mpg", ".mpeg", ".mp3", ".aac", ".ogg", ".opus", ".wav", ".3gp",
 )  # fmt: skip
 """What `put FOLDER` takes for media."""
+_KNOWN = {
+    "present": "was there already",
+    "updated": "was there already; now has this title and redundancy",
+    "undeleted": "was deleted; is there again",
+}
 
 
 async def put(mesh: MeshClient, options: argparse.Namespace) -> int:
@@ -75,9 +80,11 @@ async def _put_one(mesh: MeshClient, path: Path, options: argparse.Namespace) ->
         show.warn(text)
     if not options.json:
         show.out.print(result.video.id)
-        note = {"present": "was there already", "updated": "was there already; updated"}.get(
-            result.state, f"{result.state}, {show.count(result.chunks, 'chunk')}, {show.size(record.size)}"
+        note = _KNOWN.get(result.state) or (
+            f"{result.state}, {show.count(result.chunks, 'chunk')}, {show.size(record.size)}"
         )
+        if result.state == "updated":
+            note += f" ({record.redundancy}, fragments {record.erasure.name})"
         if result.resumed:
             note += f", {result.resumed} of them from before"
         show.err.print(f"{show.plain(record.title)}: {note}, in {result.seconds:.1f} s")

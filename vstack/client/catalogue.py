@@ -108,7 +108,7 @@ async def find_video(mesh: MeshClient, name: str, state: VideoState = "ready") -
         video = await read_video(mesh, name)
         named, complete, silent = ([] if video is None else [video]), True, 0
     else:
-        listing = await list_videos(mesh, hidden=state != "ready")
+        listing = await list_videos(mesh, hidden=True)
         named = [v for v in listing.videos if v.record.title == name[:MAX_TITLE]]
         if re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},63}}", name):
             named += [v for v in listing.videos if v.id.startswith(name) and v not in named]
@@ -125,6 +125,9 @@ async def find_video(mesh: MeshClient, name: str, state: VideoState = "ready") -
         for video in named:
             _must_be_deleted(video)
         raise NotFound(f"no deleted video is called {name!r}: `vstack ls --all` shows them")
+    for video in named:
+        if video.record.state == "deleted":
+            raise NotFound(f"{name!r} is a deleted video: `vstack undelete {video.id[:12]}` has it back")
     if re.fullmatch(r"[0-9a-f]{64}", name):
         raise NotFound(f"no video {name[:12]}… is ready in this mesh: `vstack ls` shows those that are")
     short = re.fullmatch(r"[0-9a-f]{1,5}", name)

@@ -60,6 +60,8 @@ from vstack.mesh.registers import (
 
 IN_FLIGHT_BYTES = 24 << 20
 """Chunk bytes that are being written at once, before redundancy."""
+GATHER, GATHER_SECONDS = 16, 0.1
+"""Registers that are created together, and how long the first of them waits for those that are to come."""
 HASH_BLOCK = 1 << 20
 END_TRIES = 20
 """How often the end of an upload is written again, because its register was changed meanwhile."""
@@ -463,7 +465,7 @@ class _Upload:
         self, upload: UploadId, chunk: Chunk, scheme: Scheme, room: _Room, encoded: Encoded | None
     ) -> None:
         entry, wanted = chunk.entry, scheme
-        try:
+        with self._registrar.expecting():
             try:
                 places = await self._writer.write(
                     upload, entry.index, chunk.data, entry.sha256, scheme, encoded
@@ -474,8 +476,9 @@ class _Upload:
                 # Too few nodes are up for fragments: whole copies on those that are, if that is safe.
                 scheme = REPLICATED
                 places = await self._writer.write(upload, entry.index, chunk.data, entry.sha256, scheme)
-        finally:
-            room.give(len(chunk.data))
+            finally:
+                room.give(len(chunk.data))
+                del chunk, encoded  # they are not needed while the register waits for others
         short = shortfall(wanted, Scheme(1, len(places)) if scheme.k == 1 else scheme)
         if short:
             self._warn(f"{short}: some nodes are down")
@@ -553,12 +556,25 @@ class _Room:
 
 
 class _Registrar:
-    """Creates registers in batches: while one batch is under way, the next gathers."""
+    """Creates registers in batches: while one batch is under way, or others are to come soon, the next
+    gathers. Each batch costs every node messages and an fsync."""
 
     def __init__(self, mesh: MeshClient) -> None:
         self._mesh = mesh
         self._waiting: list[tuple[Change, asyncio.Future[object]]] = []
         self._task: asyncio.Task[None] | None = None
+        self._expected = 0
+        self._news = asyncio.Event()
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Inside, something is done after which a register is to be created: it may be waited for."""
+        self._expected += 1
+        try:
+            yield
+        finally:
+            self._expected -= 1
+            self._news.set()
 
     async def create(self, change: Change) -> object:
         """Ok or Mismatch. Raises OutcomeUnknown."""
@@ -568,8 +584,16 @@ class _Registrar:
             self._task = asyncio.create_task(self._run())
         return await done
 
+    async def _gather(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GATHER_SECONDS):
+                while self._expected and len(self._waiting) < GATHER:
+                    self._news.clear()
+                    await self._news.wait()
+
     async def _run(self) -> None:
         while self._waiting:
+            await self._gather()
             batch, self._waiting = self._waiting, []
             try:
                 outcomes = await self._mesh.change_all([change for change, _ in batch])
