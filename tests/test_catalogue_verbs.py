@@ -106,7 +106,7 @@ def test_what_was_deleted_is_had_back_by_any_of_its_names(
     assert removed.code == 0
     assert f"vstack undelete {video.id[:12]}" in removed.err
     assert "within 24h" in removed.err
-    run(mesh, "info", title).failed_with(4, "vstack ls")
+    run(mesh, "info", title).failed_with(4, f"vstack undelete {video.id[:12]}")
     assert run(mesh, "undelete", name, "--json").json == {"id": video.id, "state": "ready"}
     now = video_called(mesh, title)
     assert (now.record, now.upload) == (replace(video.record, upload=video.upload), video.upload)
