@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     finally:
         down = vstack("down", "--json", cwd=folder)
         assert down.json == {"stopped": 5}
-        assert running(folder / ".vstack") == []
+        assert not running(folder / ".vstack")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,24 @@ def video(home: Path, film: Path) -> str:
 
 
 def test_a_second_up_says_that_the_mesh_runs(home: Path) -> None:
+    vstack("up", "--detach", cwd=home).failed_with(2, "vstack down")
+
+
+def test_up_starts_again_what_has_ended_of_a_mesh_that_runs(home: Path) -> None:
+    before = running(home / ".vstack")
+    killed = sorted(before)[1]
+    os.kill(before[killed], signal.SIGKILL)
+    wait_for(lambda: len(running(home / ".vstack")) == 4)
+    vstack("up", cwd=home).failed_with(2, "1 node that ended", "vstack up --detach")
+    said = vstack("up", "--detach", "--dir", home / ".vstack", cwd=home)
+    assert said.code == 0, said
+    assert [line.split()[1] for line in said.out.splitlines() if line.startswith("node ")] == ["2"]
+    now = running(home / ".vstack")
+    assert len(now) == 5
+    assert {d: pid for d, pid in now.items() if d in before and d != killed} == {
+        d: pid for d, pid in before.items() if d != killed
+    }
+    wait_for(lambda: vstack("status", cwd=home).code == 0)
     vstack("up", "--detach", cwd=home).failed_with(2, "vstack down")
 
 
@@ -186,7 +204,7 @@ def test_up_in_the_foreground_ends_its_nodes_on_ctrl_c_and_when_it_is_killed(tmp
         finally:
             process.kill()
             process.communicate()
-        wait_for(lambda folder=folder: running(folder / ".vstack") == [])  # type: ignore[misc]
+        wait_for(lambda folder=folder: not running(folder / ".vstack"))  # type: ignore[misc]
 
 
 def test_titles_are_shown_as_they_are_and_never_as_markup(home: Path, film: Path, video: str) -> None:

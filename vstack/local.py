@@ -140,6 +140,8 @@ class LocalMesh:
     keys: Path | None = None
     """The folder of its keys, made at the first start; None: connections are neither encrypted nor
     authenticated."""
+    running: dict[str, int] = field(default_factory=dict)
+    """Process ids by data directory, of nodes that run already: they are left as they are."""
 
     def __post_init__(self) -> None:
         for i in range(self.count):
@@ -157,6 +159,12 @@ class LocalMesh:
         return tuple(n.address for n in self.nodes)
 
     @property
+    def to_start(self) -> list[LocalNode]:
+        """The nodes that did not run before."""
+        names = {Path(data).name for data in self.running}
+        return [n for n in self.nodes if n.data.name not in names]
+
+    @property
     def client_key(self) -> Path | None:
         """The admin's key file."""
         return self.keys / ADMIN_KEY if self.keys else None
@@ -167,14 +175,15 @@ class LocalMesh:
         return (*self.extra, *(("--keys", str(self.keys)) if self.keys else ()))
 
     def start(self, *, detach: bool = False) -> None:
-        """Starts all and waits until they serve. Stops all and raises NodeFailed if one does not.
+        """Starts all that do not run and waits until they serve. Stops these and raises NodeFailed if one
+        does not.
 
         Raises UsageError if there are no keys and they cannot be made.
         """
         if self.keys is not None and not (self.keys / MESH_KEY).exists():
             init_mesh(self.keys)
         try:
-            for node in self.nodes:
+            for node in self.to_start:
                 node.start(self.peers, detach=detach, extra=self.options)
             self._wait_ready()
         except BaseException:
@@ -183,7 +192,7 @@ class LocalMesh:
 
     def _wait_ready(self) -> None:
         """Looks at all in turns: the one that ends says why the others wait."""
-        waiting = list(self.nodes)
+        waiting = self.to_start
         deadline = time.monotonic() + READY_WITHIN
         while waiting:
             for node in list(waiting):
@@ -209,14 +218,16 @@ class LocalMesh:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def record(self) -> None:
+    def record(self, *, detached: bool) -> None:
         """Writes mesh.json, for `stop_recorded` and for the next start."""
+        started = {str(n.process.pid): str(n.data) for n in self.nodes if n.process is not None}
         state = {
             "port": self.port,
             "count": self.count,
             "peers": list(self.peers),
             "keys": self.keys is not None,
-            "pids": {str(n.process.pid): str(n.data) for n in self.nodes if n.process is not None},
+            "detached": detached,
+            "pids": {**{str(pid): data for data, pid in self.running.items()}, **started},
         }
         temporary = self.folder / "mesh.json.tmp"
         temporary.write_text(json.dumps(state, indent=1))
@@ -258,24 +269,24 @@ def recorded(folder: Path) -> dict[str, object] | None:
     return state if isinstance(state, dict) else None
 
 
-def running(folder: Path) -> list[int]:
-    """Process ids of the recorded nodes that are running now."""
+def running(folder: Path) -> dict[str, int]:
+    """Process ids by data directory, of the recorded nodes that are running now."""
     state = recorded(folder)
     pids = state.get("pids") if state else None
     if not isinstance(pids, dict):
-        return []
-    return [int(pid) for pid, data in pids.items() if _is_node(int(pid), str(data))]
+        return {}
+    return {str(data): int(pid) for pid, data in pids.items() if _is_node(int(pid), str(data))}
 
 
 def stop_recorded(folder: Path, within: float = 15.0) -> int:
     """Ends the recorded nodes that run; how many those were."""
     pids = running(folder)
-    for pid in pids:
+    for pid in pids.values():
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + within
     while (left := running(folder)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for pid in left:
+    for pid in left.values():
         os.kill(pid, signal.SIGKILL)
     return len(pids)
 

@@ -15,11 +15,13 @@ __all__ = ["down", "recorded", "up"]
 
 
 def up(options: argparse.Namespace) -> int:
-    """Starts the mesh that the folder holds, or a new one. Raises UsageError, NodeFailed."""
+    """Starts the mesh that the folder holds, or a new one, or those nodes of a detached one that have ended.
+    Raises UsageError, NodeFailed."""
     folder: Path = options.dir
     known = recorded(folder)
-    if known is not None and running(folder):
-        raise UsageError(f"the mesh in {folder} is running already: `vstack down` stops it")
+    alive = running(folder)
+    if known is not None and alive:
+        _must_have_ended_nodes(folder, known, int(str(known.get("count"))) - len(alive), options)
     count = 5 if options.count is None else options.count
     port = 7400 if options.port is None else options.port
     if known is not None:
@@ -39,18 +41,18 @@ def up(options: argparse.Namespace) -> int:
         raise UsageError(f"the mesh in {folder} was founded with keys: leave out --insecure")
     secure = not options.insecure if known is None else bool(known.get("keys"))
     folder.mkdir(parents=True, exist_ok=True)
-    mesh = LocalMesh(folder, count, port, keys=folder / "keys" if secure else None)
+    mesh = LocalMesh(folder, count, port, keys=folder / "keys" if secure else None, running=alive)
     interrupt.as_ctrl_c()
     mesh.start(detach=options.detach)
-    mesh.record()
+    mesh.record(detached=options.detach)
     stop = threading.Event()
     for number in interrupt.SIGNALS:
         signal.signal(number, lambda *_: stop.set())
     if options.json:
         key = str(mesh.client_key) if mesh.client_key else None
-        show.print_json({"peers": mesh.peers, "nodes": [n.node for n in mesh.nodes], "keys": key})
+        show.print_json({"peers": mesh.peers, "nodes": [n.node for n in mesh.to_start], "keys": key})
     else:
-        for node in mesh.nodes:
+        for node in mesh.to_start:
             show.out.print(f"node {node.number}  {node.address}  {node.node[:8]}  {node.data}")
         show.out.print(f"the mesh is up; use it with: vstack --help   (peers: {','.join(mesh.peers)})")
         at_hand = folder.resolve() == Path(".vstack").resolve()
@@ -74,6 +76,19 @@ def up(options: argparse.Namespace) -> int:
                 return 1
     show.err.print("the mesh is down; its data stays in", str(folder))
     return 0
+
+
+def _must_have_ended_nodes(
+    folder: Path, known: dict[str, object], ended: int, options: argparse.Namespace
+) -> None:
+    """Raises UsageError unless some nodes of a detached mesh that runs are to be started again."""
+    if not ended:
+        raise UsageError(f"the mesh in {folder} is running already: `vstack down` stops it")
+    what = f"the mesh in {folder} is running already, without {show.count(ended, 'node')} that ended"
+    if not known.get("detached"):
+        raise UsageError(f"{what}: end it with Ctrl-C or `vstack down`, and start all of it")
+    if not options.detach:
+        raise UsageError(f"{what}: `vstack up --detach` starts what is missing")
 
 
 def down(options: argparse.Namespace) -> int:

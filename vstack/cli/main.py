@@ -56,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     v = verb("up", "start a mesh on this machine, until Ctrl-C", mesh=False)
     v.add_argument("count", nargs="?", type=int, metavar="N", help="how many nodes, 1 to 50 (default 5)")
-    v.add_argument("--detach", action="store_true", help="leave the nodes running; `vstack down` ends them")
+    v.add_argument("--detach", action="store_true",
+                   help="leave the nodes running; `vstack down` ends them. "
+                   "Starts again what has ended of such a mesh")  # fmt: skip
     v.add_argument("--port", type=int, help="first port (default 7400); each node takes two")
     v.add_argument("--dir", type=Path, default=Path(".vstack"), help="folder for data (default ./.vstack)")
     v.add_argument("--insecure", action="store_true", help="a mesh without keys")
