@@ -152,7 +152,9 @@ def test_status_and_nodes_answer_in_both_forms(home: Path) -> None:
     counters = status.json["counters"]
     assert isinstance(counters, dict)
     assert counters["paxos.chosen"] > 0
-    assert "healthy" in vstack("status", cwd=home).out
+    said = vstack("status", cwd=home).out
+    assert "healthy" in said
+    assert "refused for their keys" not in said, "not even while they met"
     nodes = vstack("nodes", "--json", cwd=home).json["nodes"]
     assert isinstance(nodes, list)
     assert len(nodes) == 5

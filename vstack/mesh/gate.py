@@ -74,6 +74,11 @@ class Gate:
         self._is_member = True
         return True
 
+    @property
+    def _is_forming(self) -> bool:
+        founders = self._directory.people.get(self._keys.mesh.pair.public)
+        return founders is not None and founders.role == "founder"
+
     def _identity(self, key: bytes) -> Identity | None:
         """Whose key that is just now, None if nobody's."""
         if key in self._met and key not in self._directory.people:
@@ -99,6 +104,11 @@ class Gate:
             else:
                 answer = [b"400", b"", b"", b""]
                 revoked = key in self._revoked
+                if self._is_forming and len(key) == 32:
+                    # It may be that of a member of the mesh, of which this node has not heard yet.
+                    self._tally.counters["keys.unknown_while_forming"] += 1
+                    zap.send_multipart([b"1.0", number, *answer])
+                    continue
                 self._count_refused("revoked" if revoked else "unknown")
                 self._tally.log_once(
                     "handshake", key.hex(), "a connection from %s was refused: its key %s... %s",
@@ -135,6 +145,8 @@ class Gate:
         why = allowed(who, body)
         if why is None:
             return None
+        if who is not None and who.role == "founder":
+            return Failure("forming", "this node has no mesh yet: it takes nothing from members")
         return self._refuse(key, who, type(body).__name__, why)
 
     def believed(self, key: bytes, hello: Hello) -> Hello | Failure:

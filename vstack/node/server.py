@@ -624,7 +624,7 @@ class Node:
             )
         if self._entrance is not None:
             self._entrance.on_failure(failure)
-        elif failure.text != self._said_waiting:
+        elif failure.code != "forming" and failure.text != self._said_waiting:
             self._said_waiting = failure.text
             log.warning("%s answered: %s", link.address, failure.text)
 
