@@ -127,13 +127,16 @@ def test_a_damaged_piece_is_fetched_from_elsewhere_and_its_node_is_asked_to_look
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("size", [1_000_001, 8 << 20])
 @pytest.mark.parametrize("spoilt", ["a", "b", "c", "ab", "bc"])
-def test_of_several_that_gave_of_a_damaged_piece_the_one_that_has_it_damaged_is_found(spoilt: str) -> None:
+def test_of_several_that_gave_of_a_damaged_piece_the_one_that_has_it_damaged_is_found(
+    spoilt: str, size: int
+) -> None:
     async def run() -> None:
-        mesh = FakeMesh(noise(1_000_001), REPLICATED, "abc")
+        mesh = FakeMesh(noise(size), REPLICATED, "abc")
         bad = {NODES[letter] for letter in spoilt}
         for node in bad:
-            mesh.pieces[node, 0] = bytes(1_000_001)
+            mesh.pieces[node, 0] = bytes(size)
         async with fetcher_of(mesh) as fetcher:
             chunk = await fetcher.fetch(mesh.record)
         assert chunk.data == mesh.data

@@ -5,7 +5,6 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from vstack.cli.health import NotServing, few_voters, serving
-from vstack.cli.keep import lacking
 from vstack.mesh.config import Config, Member
 from vstack.mesh.messages import Status
 
@@ -44,9 +43,3 @@ def test_voters_say_what_a_small_mesh_cannot_do_and_draining_nodes_do_not_help()
     assert "two nodes vote" in few_voters(config(2))
     assert "two nodes vote" in few_voters(config(2, 1))
     assert few_voters(config(3)) == few_voters(config(3, 1)) == ""
-
-
-def test_chunks_that_only_wait_to_be_kept_otherwise_lack_nothing() -> None:
-    assert lacking({}) == 0
-    assert lacking({"a": {"degraded": 3, "queue_switch": 3}, "b": {}}) == 0
-    assert lacking({"a": {"degraded": 3, "queue_switch": 1}, "b": {"degraded": 1, "unreadable": 2}}) == 5

@@ -26,6 +26,7 @@ class Listener:
 
     def __init__(self, *live: str) -> None:
         self.live = {ME, *live}
+        self.met = set(self.live)
         acceptor = cast(Acceptor, None)  # no register is read here
         self.listings = Listings(
             ME,
@@ -33,6 +34,7 @@ class Listener:
             Proposer(ME, 1, VIEW, acceptor, random.Random(1)),
             lambda _: PAGE,
             self.live.__contains__,
+            self.met.__contains__,
         )
 
     def start(self) -> None:
@@ -64,7 +66,7 @@ def test_nodes_that_are_down_are_not_waited_for_where_the_others_are_enough() ->
 
 
 def test_a_node_that_has_just_started_waits_for_those_that_it_takes_to_be_complete() -> None:
-    """To it, all others are down until they have answered it for the first time."""
+    """All others are down to it until they have answered it for the first time."""
     node = Listener(NODES[1])
     node.start()
     assert node.asked() == {NODES[1]}
@@ -98,6 +100,18 @@ def test_where_some_are_enough_the_last_pages_get_as_long_again(took: float, the
     assert listing is not None
     assert listing.complete
     assert listing.silent == NODES[3:]
+
+
+def test_nodes_that_were_there_and_are_down_now_are_not_waited_for() -> None:
+    node = Listener(*NODES[1:])
+    node.live -= set(NODES[2:])
+    node.start()
+    assert node.asked() == {NODES[1]}
+    node.answer(NODES[1], at=0.01)
+    listing = node.done()
+    assert listing is not None
+    assert not listing.complete
+    assert listing.silent == NODES[2:]
 
 
 def test_a_listing_without_a_majority_ends_and_says_that_it_is_incomplete() -> None:

@@ -440,6 +440,38 @@ def test_a_piece_that_nobody_else_has_is_stuck_when_it_is_rejected() -> None:
     assert s.stuck == [], "said once"
 
 
+def test_a_piece_that_nobody_is_blamed_for_comes_from_one_holder_and_anew_from_another_if_that_fails() -> (
+    None
+):
+    length = 64 * MIN_BLOCK
+    s = BestHolder()
+    s.want(Wanted(0, 1.0, 1, {0: PieceWanted(length, ("A", "B"))}))
+
+    def serve(now: float, stop_after: int = 100) -> list[Fetch]:
+        served: list[Fetch] = []
+        while len(served) < stop_after and (fetches := s.requests(now)):
+            for fetch in fetches:
+                served.append(fetch)
+                now += 0.2
+                s.received(fetch.number, now)
+        return served
+
+    assert {f.node for f in serve(0.0)} == {"A", "B"}
+    s.finished.clear()
+    s.reject(0, 0, None)
+    first = serve(100.0, stop_after=1)
+    (only,) = {f.node for f in first}
+    s.want(Wanted(0, 1.0, 1, {0: PieceWanted(length, ("A", "B"))}))  # the register was read again
+    asked = s.requests(101.0)
+    assert {f.node for f in asked} == {only}
+    s.failed(asked[0].number, 101.1, gone=True)
+    second = serve(101.2)
+    assert {f.node for f in second} == {"AB".replace(only, "")}
+    assert sorted(f[4:] for f in second) == sorted({f[4:] for f in second}), "each block once"
+    assert sum(f.length for f in second) == length, "also those that the other one had given"
+    assert s.finished == [(0, (0,))]
+
+
 def test_a_piece_of_another_length_begins_anew_and_old_answers_do_not_fill_it() -> None:
     s, first = one_block("A")
     s.want(Wanted(0, 1.0, 1, {0: PieceWanted(2 * MIN_BLOCK, ("B",))}))

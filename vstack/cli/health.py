@@ -7,7 +7,7 @@ import asyncio
 from collections import Counter
 
 from vstack.cli import show
-from vstack.cli.keep import DEGRADED, lacking, of_a_silent_node, repair_lines
+from vstack.cli.keep import DEGRADED, of_a_silent_node, repair_lines, total
 from vstack.errors import VstackError
 from vstack.mesh.config import Config, Member, NodeId
 from vstack.mesh.mesh_client import MeshClient
@@ -84,7 +84,7 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
         down = [m.node for m in mesh.members if m.node not in answering]
         which = down[0] if len(down) == 1 else "NODE"
         reasons.append(f"a node that is down: {of_a_silent_node(mesh, which)}")
-    if short := lacking(keepers):
+    if short := total(keepers, "lacking"):
         reasons.append(f"{show.count(short, 'chunk')} without full redundancy")
     health = "unavailable" if not quorum else "degraded" if members != len(up) or short else "healthy"
     totals: Counter[str] = Counter()

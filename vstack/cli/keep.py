@@ -37,12 +37,6 @@ def total(found: Figures, name: str) -> int:
     return round(sum(f.get(name, 0.0) for f in found.values()))
 
 
-def lacking(found: Figures) -> int:
-    """Chunks that cannot be read, or have less redundancy than is wanted; what only waits to become copies
-    or fragments is not among them."""
-    return total(found, "unreadable") + max(0, total(found, "degraded") - total(found, "queue_switch"))
-
-
 def repair_lines(found: Figures) -> list[str]:
     """How repair stands, in words; nothing if there is nothing to do."""
     lines = []

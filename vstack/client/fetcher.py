@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import NamedTuple
 
 from vstack import erasure
 from vstack.client.pieces import what
@@ -54,6 +55,11 @@ class FetchedChunk:
         return b"".join(self.parts)
 
 
+class _Block(NamedTuple):
+    node: NodeId
+    data: memoryview
+
+
 @dataclass(eq=False)
 class _Job:
     record: ChunkRecord
@@ -61,12 +67,8 @@ class _Job:
     began: float
     done: asyncio.Future[FetchedChunk]
     progress: float
-    blocks: dict[int, dict[int, memoryview]] = field(default_factory=dict)
+    blocks: dict[int, dict[int, _Block]] = field(default_factory=dict)
     """What has arrived, by piece and offset: the sockets' own memory, joined once the piece is whole."""
-    sources: dict[int, dict[NodeId, int]] = field(default_factory=dict)
-    """Bytes by piece and node."""
-    mixed: set[int] = field(default_factory=set)
-    """Pieces that were damaged when several nodes had given of them."""
     failovers: int = 0
     failed_at: float | None = None
     """When a request failed, until the next byte arrives."""
@@ -215,9 +217,7 @@ class ChunkFetcher:
         if job.failed_at is not None:
             self.failover_times.append(job.progress - job.failed_at)
             job.failed_at = None
-        job.blocks.setdefault(fetch.piece, {})[fetch.offset] = data
-        source = job.sources.setdefault(fetch.piece, {})
-        source[fetch.node] = source.get(fetch.node, 0) + len(data)
+        job.blocks.setdefault(fetch.piece, {})[fetch.offset] = _Block(fetch.node, data)
         self._finish_all()
 
     def _finish_all(self) -> None:
@@ -233,13 +233,16 @@ class ChunkFetcher:
         record, entry = job.record, job.record.entry
         hashes = {place.piece: place.sha256 for place in record.places}
         blocks = {n: [b for _, b in sorted(job.blocks.get(n, {}).items())] for n in pieces}
+        served: dict[NodeId, int] = {}
+        for block in (b for found in blocks.values() for b in found):
+            served[block.node] = served.get(block.node, 0) + len(block.data)
 
         def assemble() -> tuple[tuple[bytes | memoryview, ...], bool]:
-            parts = _assemble(blocks, record)
+            parts = _assemble({n: [b.data for b in found] for n, found in blocks.items()}, record)
             return parts, _sha256(parts) == entry.sha256
 
         def damaged() -> list[int]:
-            return [n for n, found in blocks.items() if _sha256(found) != hashes[n]]
+            return [n for n, found in blocks.items() if _sha256(b.data for b in found) != hashes[n]]
 
         parts, whole = await asyncio.to_thread(assemble)
         bad = [] if whole else await asyncio.to_thread(damaged)
@@ -256,26 +259,20 @@ class ChunkFetcher:
                 DamagedData(f"the pieces of {what(entry.index)} are as stored, but do not make it")
             )
             return
-        served: dict[NodeId, int] = {}
-        for n in pieces:
-            for node, size in job.sources.get(n, {}).items():
-                served[node] = served.get(node, 0) + size
         job.done.set_result(FetchedChunk(entry, parts, served, monotonic() - job.began, job.failovers))
 
     def _reject(self, job: _Job, piece: int) -> None:
         """A damaged piece: whoever gave it is told, and asked for it no more. If several gave of it, whoever
-        is to blame shows when it comes from one; should it not fit one request, most of it is the proof."""
+        is to blame shows when all of it comes from one."""
         index = job.record.entry.index
-        del job.blocks[piece]
-        sources = job.sources.pop(piece)
-        certain = len(sources) == 1 or piece in job.mixed
-        job.mixed.add(piece)
+        sources = {block.node for block in job.blocks.pop(piece).values()}
+        certain = len(sources) == 1
         gave = "" if certain else "gave some of it, and "
         for node in sources:
             why = f"{gave}piece {piece} of {what(index)} is damaged"
             self.failures.append((monotonic(), node, why))
             self._spawn(self._report(job.record, piece, node))
-        self._scheduler.reject(index, piece, max(sources, key=lambda n: sources[n]) if certain else None)
+        self._scheduler.reject(index, piece, sources.pop() if certain else None)
 
     async def _report(self, record: ChunkRecord, piece: int, node: NodeId) -> None:
         """Has the node that gave a damaged piece read it: what is bad there is repaired."""
@@ -307,7 +304,6 @@ class ChunkFetcher:
             record = unpack_chunk(found.data)
             if record.scheme != job.record.scheme:  # fragments became copies, or the other way round
                 job.blocks.clear()
-                job.sources.clear()
             job.record = record
         self._want(job)
         self._wake.set()

@@ -128,8 +128,10 @@ class _Piece:
     length: int
     holders: list[NodeId]
     blocks: list[_Block] = field(default_factory=list)
-    whole: bool = False
-    """To be fetched from one node, as far as one request goes."""
+    apart: bool = False
+    """To come from one holder alone, so that it shows whose is damaged."""
+    only: NodeId | None = None
+    """That holder."""
 
     @property
     def complete(self) -> bool:
@@ -185,6 +187,7 @@ class BestHolder:
             for n, piece in pieces.items():
                 if n in old.pieces and old.pieces[n].length == piece.length:
                     piece.blocks = old.pieces[n].blocks
+                    piece.apart, piece.only = old.pieces[n].apart, old.pieces[n].only
         chunk = self._chunks[wanted.index] = _Chunk(wanted, pieces)
         if old is not None and old.finished and len(chunk.complete) == wanted.k:
             chunk.finished = True  # and said so already
@@ -197,14 +200,15 @@ class BestHolder:
 
     def reject(self, index: int, piece: int, node: NodeId | None) -> None:
         """What `node` holds as this piece is not what it should be: start the piece again without it. None:
-        several have given of it, and it is not known whose part was bad; it is fetched again in blocks as
-        large as they may be, so that it shows."""
+        several have given of it, and it is not known whose part was bad; from now on it comes from one at a
+        time, so that it shows."""
         chunk = self._chunks.get(index)
         if chunk is not None and piece in chunk.pieces:
             p = chunk.pieces[piece]
             p.blocks = []  # what is still under way belongs to these, and is wasted
             p.holders = [n for n in p.holders if n != node]
-            p.whole |= node is None
+            p.apart |= node is None
+            p.only = None
             chunk.finished = False
 
     # -- what to do -------------------------------------------------------------------------------
@@ -227,11 +231,23 @@ class BestHolder:
 
     def _best(self, piece: _Piece, block: _Block, now: float) -> NodeId | None:
         """The holder that would have the block here first; None if all are to be left alone just now."""
-        holders = [n for n in piece.holders if n not in block.late]
-        usable = [n for n in holders if self._node(n).closed_until <= now] or [
+        holders = [piece.only] if piece.only is not None else piece.holders
+        usable = self._usable([n for n in holders if n not in block.late], now)
+        return min(usable, key=lambda n: self._finish(n, block.length, now), default=None)
+
+    def _usable(self, holders: Sequence[NodeId], now: float) -> list[NodeId]:
+        """Those that are not to be left alone just now."""
+        return [n for n in holders if self._node(n).closed_until <= now] or [
             n for n in holders if now >= self._node(n).failed_at + RETRY
         ]
-        return min(usable, key=lambda n: self._finish(n, block.length, now), default=None)
+
+    def _set_apart(self, piece: _Piece, now: float) -> None:
+        """Chooses the one holder from which the piece is to come; if that fails another, from which all of it
+        is fetched again."""
+        usable = self._usable(piece.holders, now)
+        if usable and piece.only not in usable:
+            piece.only = min(usable, key=lambda n: self._finish(n, piece.length, now))
+            piece.blocks = [_Block(b.offset, b.length) for b in piece.blocks]
 
     def _choose(self, chunk: _Chunk, now: float) -> list[int]:
         """The pieces to work on: complete or begun ones first, then those that would be here first."""
@@ -254,8 +270,10 @@ class BestHolder:
         chosen = chosen[: chunk.wanted.k]
         for number in chosen:
             piece = chunk.pieces[number]
+            if piece.apart and not piece.complete:
+                self._set_apart(piece, now)
             if not piece.blocks:
-                size = MAX_BLOCK if piece.whole else self._block_size(piece.holders, now)
+                size = self._block_size(piece.holders, now)
                 piece.blocks = [
                     _Block(at, min(size, piece.length - at)) for at in range(0, piece.length, size)
                 ]

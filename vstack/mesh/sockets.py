@@ -30,7 +30,7 @@ class Lane(Enum):
     DATA = "data"
 
 
-HIGH_WATER = {Lane.CONTROL: 512, Lane.DATA: 64}
+HIGH_WATER = {Lane.CONTROL: 512, Lane.DATA: 32}
 """Messages that may wait in a socket to be sent on a connection: what a peer that reads nothing can cost."""
 MAX_PART = {Lane.CONTROL: MAX_CONTROL, Lane.DATA: MAX_DATA}
 DRAIN = 256

@@ -36,7 +36,7 @@ class Gather:
     waiting: set[NodeId]
     """Acceptors whose page has not come."""
     unasked: set[NodeId]
-    """Those of them that are down: they are asked when they are back."""
+    """Those of them that have not been met yet: they are asked when they are."""
     began: float
     pages_until: float
     reads_until: float
@@ -58,14 +58,16 @@ class Listings:
         proposer: Proposer,
         scan: Callable[[Scan], ScanReply],
         is_live: Callable[[NodeId], bool],
+        is_met: Callable[[NodeId], bool],
     ) -> None:
         """`scan` gives the own page; it raises VstackError if a record cannot be read. `is_live` says
-        whether it is worth asking a node."""
+        whether it is worth asking a node, `is_met` whether it has answered since this one started."""
         self._me = me
         self._view = view
         self._proposer = proposer
         self._scan = scan
         self._is_live = is_live
+        self._is_met = is_met
         self._gathers: dict[bytes, Gather] = {}
         self._numbers = count(1)
         self.to_send: list[tuple[NodeId, Scan, bytes, int]] = []
@@ -74,13 +76,13 @@ class Listings:
         """Finished listings. The caller empties it."""
 
     def start(self, request: Incoming, wanted: List, now: float) -> None:
-        """Begins a listing. Nodes that are down are waited for only if it takes them to be complete: all
-        are down to a node that has just started, until they answer it."""
+        """Begins a listing. Nodes that are down are not waited for; those that have just not answered this
+        node yet, which has started, are if it takes them to be complete."""
         third = max(0.1, (request.deadline - now) / 3)
-        asked = set(askers(self._view, wanted.prefix))
-        down = {n for n in asked if n != self._me and not self._is_live(n)}
-        if suffice(self._view, wanted.prefix, asked - down):
-            asked -= down
+        all_ = askers(self._view, wanted.prefix)
+        asked = {n for n in all_ if n == self._me or self._is_live(n)}
+        if not suffice(self._view, wanted.prefix, asked):
+            asked |= {n for n in all_ if not self._is_met(n)}
         gather = Gather(
             request,
             wanted,
@@ -142,7 +144,7 @@ class Listings:
         self._finish_if_read(gather)
 
     def tick(self, now: float) -> None:
-        """Asks nodes that are back, and stops waiting for pages that do not come."""
+        """Asks nodes that are met, and stops waiting for pages that do not come."""
         for gather in [g for g in self._gathers.values() if g.merged is None]:
             if gather.pages_until <= now:
                 self._merge(gather, now)

@@ -60,6 +60,7 @@ class Peers:
         self.mesh = votes.mesh
         self.seeds = seeds
         self.links: dict[NodeId, Link] = {}
+        self._met: set[NodeId] = set()
         """The connection on which each node has said hello."""
         self.gossip = Gossip(self.me, votes.boot, rng, now)
         self.founding = not self.mesh
@@ -156,6 +157,7 @@ class Peers:
             self.forget(link)
         link.hello = hello
         self.links[hello.node] = link
+        self._met.add(hello.node)
         return True
 
     def forget(self, link: Link) -> None:
@@ -250,6 +252,10 @@ class Peers:
     def is_heard(self, node: NodeId) -> bool:
         """Whether a node may be alive: connected, and not known to be down."""
         return node in self.links and self.state(node) is not State.DOWN
+
+    def is_met(self, node: NodeId) -> bool:
+        """Whether a node has answered since this one started."""
+        return node == self.me or node in self._met
 
     def sender(self, session: Session) -> NodeId:
         """Who speaks on a connection: the NodeId of its hello, empty for clients, and for whoever has said

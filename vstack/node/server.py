@@ -168,7 +168,9 @@ class Node:
         self._workers = PieceWorkers(self.store, self.transport.wakeup, monotonic)
         self._replies: list[tuple[Incoming, Body, bytes | memoryview]] = []
         self._scans: list[Incoming] = []
-        self._listings = Listings(self.me, self.view, self.proposer, self._scan, self.peers.is_live)
+        self._listings = Listings(
+            self.me, self.view, self.proposer, self._scan, self.peers.is_live, self.peers.is_met
+        )
         self._views = Views(self.me, self.votes.boot, self.view, self._rng)
         self._keeping: Keeping | None = None
         self._sight_at = 0.0

@@ -338,6 +338,7 @@ class Keeper:
             left = spare(record, nodes, wrong)
             tally["unreadable"] += left < 0
             tally["degraded"] += record.scheme != wanted or left < record.scheme.m - record.scheme.k
+            tally["lacking"] += left < wanted.m - wanted.k
             work = plan(video.id, record, wanted, nodes, wrong)
             if work is not None:
                 target = Target(video.id, video.upload, record.entry.index)
