@@ -18,7 +18,7 @@ from rich.console import Console
 from vstack.cli import show
 from vstack.cli.main import build_parser
 from vstack.client.proof import compare_files
-from vstack.local import free_port, running
+from vstack.local import free_port, recorded, running
 from vstack.node.main import read_options, settings_from
 from vstack.samples import make_sample
 
@@ -207,6 +207,29 @@ def test_up_in_the_foreground_ends_its_nodes_on_ctrl_c_and_when_it_is_killed(tmp
             process.kill()
             process.communicate()
         wait_for(lambda folder=folder: not running(folder / ".vstack"))  # type: ignore[misc]
+
+
+def test_a_node_that_has_left_for_good_does_not_keep_the_others_from_starting(tmp_path: Path) -> None:
+    assert vstack("up", "4", "--detach", "--port", str(free_port(4)), cwd=tmp_path).code == 0
+    try:
+        nodes = {Path(data).name: pid for data, pid in running(tmp_path / ".vstack").items()}
+        port = int(str((recorded(tmp_path / ".vstack") or {})["port"])) + 4
+        assert vstack("mesh", "remove", f"127.0.0.1:{port}", cwd=tmp_path).code == 0
+        wait_for(lambda: len(running(tmp_path / ".vstack")) == 3)
+        os.kill(nodes["node-2"], signal.SIGKILL)
+        wait_for(lambda: len(running(tmp_path / ".vstack")) == 2)
+        said = vstack("up", "--detach", cwd=tmp_path)
+        assert said.code == 1
+        assert "node 3" in said.err
+        assert [line.split()[1] for line in said.out.splitlines() if line.startswith("node ")] == ["2"]
+        assert len(running(tmp_path / ".vstack")) == 3
+        wait_for(lambda: vstack("status", cwd=tmp_path).code == 0)
+        assert vstack("down", cwd=tmp_path).code == 0
+        said = vstack("up", "--detach", cwd=tmp_path)
+        assert said.code == 1
+        assert len(running(tmp_path / ".vstack")) == 3
+    finally:
+        vstack("down", cwd=tmp_path)
 
 
 def test_titles_are_shown_as_they_are_and_never_as_markup(home: Path, film: Path, video: str) -> None:

@@ -174,9 +174,10 @@ class LocalMesh:
         """What its nodes are started with beside their addresses."""
         return (*self.extra, *(("--keys", str(self.keys)) if self.keys else ()))
 
-    def start(self, *, detach: bool = False) -> None:
+    def start(self, *, detach: bool = False, known: bool = False) -> list[NodeFailed]:
         """Starts all that do not run and waits until they serve. Stops these and raises NodeFailed if one
-        does not.
+        does not; of a mesh that is `known` the others go on, unless none serves, and the failures are
+        returned.
 
         Raises UsageError if there are no keys and they cannot be made.
         """
@@ -185,24 +186,32 @@ class LocalMesh:
         try:
             for node in self.to_start:
                 node.start(self.peers, detach=detach, extra=self.options)
-            self._wait_ready()
+            return self._wait_ready(known)
         except BaseException:
             self.stop()
             raise
 
-    def _wait_ready(self) -> None:
+    def _wait_ready(self, known: bool) -> list[NodeFailed]:
         """Looks at all in turns: the one that ends says why the others wait."""
         waiting = self.to_start
+        failed: list[NodeFailed] = []
         deadline = time.monotonic() + READY_WITHIN
         while waiting:
             for node in list(waiting):
-                if node.is_ready():
+                try:
+                    if node.is_ready():
+                        waiting.remove(node)
+                    elif time.monotonic() > deadline:
+                        raise NodeFailed(f"node {node.number} ({node.address}) is not ready: {node.log}")
+                except NodeFailed as e:
+                    failed.append(e)
+                    if not known or len(failed) == len(self.to_start):
+                        raise
+                    node.stop()
+                    node.process = None
                     waiting.remove(node)
-            if waiting and time.monotonic() > deadline:
-                raise NodeFailed(
-                    f"node {waiting[0].number} ({waiting[0].address}) is not ready: {waiting[0].log}"
-                )
             time.sleep(0.02)
+        return failed
 
     def stop(self) -> None:
         """Ends all that run."""

@@ -43,16 +43,17 @@ def up(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     mesh = LocalMesh(folder, count, port, keys=folder / "keys" if secure else None, running=alive)
     interrupt.as_ctrl_c()
-    mesh.start(detach=options.detach)
+    failed = mesh.start(detach=options.detach, known=known is not None)
     mesh.record(detached=options.detach)
     stop = threading.Event()
     for number in interrupt.SIGNALS:
         signal.signal(number, lambda *_: stop.set())
+    started = [n for n in mesh.to_start if n.process is not None]
     if options.json:
         key = str(mesh.client_key) if mesh.client_key else None
-        show.print_json({"peers": mesh.peers, "nodes": [n.node for n in mesh.to_start], "keys": key})
+        show.print_json({"peers": mesh.peers, "nodes": [n.node for n in started], "keys": key})
     else:
-        for node in mesh.to_start:
+        for node in started:
             show.out.print(f"node {node.number}  {node.address}  {node.node[:8]}  {node.data}")
         show.out.print(f"the mesh is up; use it with: vstack --help   (peers: {','.join(mesh.peers)})")
         at_hand = folder.resolve() == Path(".vstack").resolve()
@@ -63,8 +64,10 @@ def up(options: argparse.Namespace) -> int:
         )
         if options.detach:
             show.out.print(f"`vstack down{'' if at_hand else f' --dir {folder}'}` stops it")
+    for failure in failed:
+        show.warn(str(failure))
     if options.detach:
-        return 0
+        return failed[0].exit_code if failed else 0
     with mesh:
         while not stop.wait(0.5):
             for node in mesh.nodes:
