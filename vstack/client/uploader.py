@@ -135,30 +135,32 @@ async def upload(
     progress.total, progress.stage = ingest.source_size, "hashing"
     was = _look(path)
     over = threading.Event()
+    hashing = asyncio.create_task(asyncio.to_thread(_hash_file, path, progress, on_progress, over))
     try:
-        video_id = await asyncio.to_thread(_hash_file, path, progress, on_progress, over)
+        while True:
+            run = _Upload(mesh, path, was, options, ingest, progress, on_progress)
+            try:
+                video, state = await run.run(hashing)
+            except ProofFailed:
+                with suppress(VstackError):
+                    await run.abort()
+                if not ingest.alternatives:
+                    raise
+                ingest = await asyncio.to_thread(make, ingest.alternatives[0])
+                continue
+            except BadInput:
+                with suppress(VstackError):
+                    await run.abort()
+                raise
+            progress.stage, progress.done = "done", progress.total
+            on_progress(progress)
+            seconds = time.monotonic() - began
+            return UploadResult(
+                video, state, video.record.chunks, progress.resumed, seconds, tuple(run.warnings)
+            )
     finally:
         over.set()  # a thread cannot be cancelled: it is told
-    while True:
-        run = _Upload(mesh, video_id, path, was, options, ingest, progress, on_progress)
-        try:
-            video, state = await run.run()
-        except ProofFailed:
-            with suppress(VstackError):
-                await run.abort()
-            if not ingest.alternatives:
-                raise
-            ingest = await asyncio.to_thread(make, ingest.alternatives[0])
-            continue
-        except BadInput:
-            with suppress(VstackError):
-                await run.abort()
-            raise
-        progress.stage, progress.done = "done", progress.total
-        on_progress(progress)
-        return UploadResult(
-            video, state, video.record.chunks, progress.resumed, time.monotonic() - began, tuple(run.warnings)
-        )
+        hashing.cancel()
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,6 @@ class _Upload:
     def __init__(
         self,
         mesh: MeshClient,
-        video_id: str,
         path: Path,
         was: tuple[int, int, int],
         options: UploadOptions,
@@ -205,7 +206,8 @@ class _Upload:
         on_progress: Callable[[Progress], None],
     ) -> None:
         self.mesh = mesh
-        self.id = video_id
+        self.id = ""
+        """Known when the file is hashed."""
         self.path = path
         self.was = was
         self.options = options
@@ -217,12 +219,16 @@ class _Upload:
         self._before: Video | None = None
         """What this upload replaces, if that could not be read any more."""
         self._registrar = _Registrar(mesh)
-        self._writer = PieceWriter(mesh, video_id)
+        self._writer: PieceWriter
 
-    async def run(self) -> tuple[Video, str]:
+    async def run(self, hashing: asyncio.Task[str]) -> tuple[Video, str]:
+        """`hashing` gives the video's id."""
         chunks = self.ingest.chunks()
-        first = asyncio.create_task(self._begin(chunks))  # goes on while the register is opened
+        # It goes on while the file is hashed and its register opened.
+        first = asyncio.create_task(self._begin(chunks))
         try:
+            self.id = await hashing
+            self._writer = PieceWriter(self.mesh, self.id)
             return await self._run(chunks, first)
         finally:
             await asyncio.wait({first})
@@ -242,7 +248,9 @@ class _Upload:
     async def _run(
         self, chunks: Generator[Chunk], first: asyncio.Task[tuple[Chunk | None, Encoded | None]]
     ) -> tuple[Video, str]:
-        opened = None
+        opened = await self._open_upload(None, 0)  # mostly it is new, and then it need not be looked for
+        if opened is None:
+            self.warnings.clear()  # they were those of a new video
         while opened is None:
             # One read gives both: what is there, and the version that a change of it has to name.
             register = await self.mesh.read(video_key(self.id))
