@@ -121,10 +121,10 @@ def test_get_gives_a_file_or_a_stream_with_every_packet(
 
 
 def test_play_decodes_every_frame_and_reports_metrics(home: Path, video: str) -> None:
-    report = vstack("play", video, "--speed", "6", "--json", cwd=home).json
+    report = vstack("play", video, "--speed", "2", "--json", cwd=home).json
     assert report["video_frames"] == 9 * 24
     assert report["decode_errors"] == 0
-    assert isinstance(report["rebuffers"], int)  # six times as fast, a busy machine may stall
+    assert report["rebuffers"] == 0
     plain = vstack("play", video, "--start", "5", "--speed", "6", cwd=home)
     assert plain.code == 0
     assert "startup_s" in plain.out

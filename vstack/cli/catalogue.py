@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -22,13 +21,14 @@ from vstack.client.catalogue import (
 )
 from vstack.client.downloader import media_of
 from vstack.client.fetcher import holders
-from vstack.client.pieces import Checked, PieceState, what
-from vstack.errors import MeshUnavailable, VstackError
+from vstack.client.members import statuses
+from vstack.client.pieces import Checked, PieceState
+from vstack.errors import MeshUnavailable
 from vstack.mesh.config import Config, NodeId
 from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.placement import choose_scheme, shortfall, takers
-from vstack.mesh.registers import INIT_INDEX, ChunkRecord, Place, Scheme, init_record
+from vstack.mesh.registers import INIT_INDEX, ChunkRecord, Place, Scheme, init_record, what
 
 VIEW_DAYS = 30
 """Days over which `info` counts views."""
@@ -229,17 +229,9 @@ def survives(config: Config, needed: Sequence[ChunkRecord], silent: Collection[N
 
 
 async def _silent(mesh: MeshClient) -> set[NodeId]:
-    """The members that do not answer now."""
-
-    async def one(node: NodeId) -> bool:
-        try:
-            return (await mesh.status(node)).node != node
-        except VstackError:
-            return True
-
-    nodes = mesh.config.nodes
-    told = await asyncio.gather(*(one(n) for n in nodes))
-    return {n for n, silent in zip(nodes, told, strict=True) if silent}
+    """The members that do not answer now, or at whose address another node does."""
+    told = await statuses(mesh)
+    return {n for n in mesh.config.nodes if n not in told or told[n].node != n}
 
 
 def _lost_line(lost: Sequence[ChunkRecord]) -> list[str]:

@@ -80,13 +80,12 @@ async def status(mesh: MeshClient, options: argparse.Namespace) -> int:
     if not quorum:
         reasons.append("too many nodes are down: some videos can be neither read nor written")
     keepers = {a.node: a.keeper for a in up}
-    if members != len(up):
-        down = [m.node for m in mesh.members if m.node not in answering]
+    if down := [m.node for m in mesh.members if m.node not in answering]:
         which = down[0] if len(down) == 1 else "NODE"
         reasons.append(f"a node that is down: {of_a_silent_node(mesh, which)}")
     if short := total(keepers, "lacking"):
         reasons.append(f"{show.count(short, 'chunk')} without full redundancy")
-    health = "unavailable" if not quorum else "degraded" if members != len(up) or short else "healthy"
+    health = "unavailable" if not quorum else "degraded" if down or short else "healthy"
     totals: Counter[str] = Counter()
     for a in up:
         totals.update(a.counters)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from vstack.cli import show
 from vstack.cli.policy import change_policy, parse_settings, show_duration
+from vstack.client.members import statuses
 from vstack.errors import MeshUnavailable, VstackError
 from vstack.mesh.config import NodeId
 from vstack.mesh.mesh_client import MeshClient
@@ -22,15 +23,7 @@ Figures = Mapping[NodeId, Mapping[str, float]]
 
 async def figures(mesh: MeshClient) -> dict[NodeId, dict[str, float]]:
     """What each member that answers says of its keeper."""
-
-    async def one(node: NodeId) -> dict[str, float] | None:
-        try:
-            return (await mesh.status(node)).keeper
-        except VstackError:
-            return None
-
-    answers = await asyncio.gather(*(one(m.node) for m in mesh.members))
-    return {m.node: a for m, a in zip(mesh.members, answers, strict=True) if a is not None}
+    return {node: said.keeper for node, said in (await statuses(mesh)).items()}
 
 
 def total(found: Figures, name: str) -> int:

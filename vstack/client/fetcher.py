@@ -17,7 +17,6 @@ from time import monotonic
 from typing import NamedTuple
 
 from vstack import erasure
-from vstack.client.pieces import what
 from vstack.client.scheduler import BestHolder, Fetch, PieceWanted, Scheduler, Wanted
 from vstack.errors import DamagedData, MeshUnavailable, VstackError
 from vstack.mesh.config import NodeId
@@ -30,6 +29,7 @@ from vstack.mesh.registers import (
     UploadId,
     chunk_key,
     unpack_chunk,
+    what,
 )
 
 PATIENCE = 20.0

@@ -17,7 +17,6 @@ import msgspec
 
 from vstack.client.catalogue import Video
 from vstack.client.fetcher import holders
-from vstack.client.pieces import what
 from vstack.erasure import fragment_size
 from vstack.errors import MeshUnavailable, NotFound, UsageError, VstackError
 from vstack.mesh.changes import (
@@ -34,7 +33,7 @@ from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import Chain, ForceConfig, GetConfig, GetHoldings, Holdings, MeshChanged, Status
 from vstack.mesh.placement import takers
-from vstack.mesh.registers import ChunkRecord, chunk_prefix, init_record, unpack_chunk, unpack_video
+from vstack.mesh.registers import ChunkRecord, chunk_prefix, init_record, unpack_chunk, unpack_video, what
 from vstack.mesh.sockets import Lane
 
 FORCE_WITHIN = 20.0

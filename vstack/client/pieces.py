@@ -21,13 +21,13 @@ from vstack.mesh.mesh_client import MeshClient
 from vstack.mesh.messages import MAX_PIECE, Held
 from vstack.mesh.placement import next_holder, order, survives, takers
 from vstack.mesh.registers import (
-    INIT_INDEX,
     ChunkRecord,
     PieceKey,
     Place,
     Scheme,
     UploadId,
     uploaded,
+    what,
 )
 
 BUSY_TRIES = 50
@@ -223,8 +223,3 @@ def _judge(held: Held, place: Place) -> PieceState:
     if held.state == "present":
         return "good" if held.sha256 == place.sha256 else "other"
     return "missing" if held.state == "absent" else "damaged"
-
-
-def what(index: int) -> str:
-    """The name of a chunk in messages."""
-    return "the init segment" if index == INIT_INDEX else f"chunk {index}"

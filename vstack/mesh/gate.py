@@ -103,19 +103,20 @@ class Gate:
                 answer = [b"200", b"OK", key.hex().encode(), b""]
             else:
                 answer = [b"400", b"", b"", b""]
-                revoked = key in self._revoked
-                if self._is_forming and len(key) == 32:
-                    # It may be that of a member of the mesh, of which this node has not heard yet.
-                    self._tally.counters["keys.unknown_while_forming"] += 1
-                    zap.send_multipart([b"1.0", number, *answer])
-                    continue
-                self._count_refused("revoked" if revoked else "unknown")
-                self._tally.log_once(
-                    "handshake", key.hex(), "a connection from %s was refused: its key %s... %s",
-                    address.decode(errors="replace").removeprefix("::ffff:"), short(key),
-                    "was revoked" if revoked else "is not one of this mesh's",
-                )  # fmt: skip
+                self._note_stranger(key, address.decode(errors="replace").removeprefix("::ffff:"))
             zap.send_multipart([b"1.0", number, *answer])
+
+    def _note_stranger(self, key: bytes, address: str) -> None:
+        if self._is_forming and len(key) == 32:
+            # It may be that of a member of the mesh, of which this node has not heard yet.
+            self._tally.counters["keys.unknown_while_forming"] += 1
+            return
+        revoked = key in self._revoked
+        self._count_refused("revoked" if revoked else "unknown")
+        self._tally.log_once(
+            "handshake", key.hex(), "a connection from %s was refused: its key %s... %s",
+            address, short(key), "was revoked" if revoked else "is not one of this mesh's",
+        )  # fmt: skip
 
     def on_handshake_failed(self, event: int, value: int) -> None:
         """Counts what a ROUTER's monitor says of keys. Whose connection it was is not known: libzmq names

@@ -374,6 +374,11 @@ def chunk_prefix(video: str, upload: UploadId) -> str:
     return f"chunk/{video}/{upload}/"
 
 
+def what(index: int) -> str:
+    """The name of a chunk in messages."""
+    return "the init segment" if index == INIT_INDEX else f"chunk {index}"
+
+
 def chunk_key(video: str, upload: UploadId, index: int) -> str:
     return f"chunk/{video}/{upload}/{index:08d}"
 

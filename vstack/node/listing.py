@@ -105,9 +105,9 @@ class Listings:
 
     def _ask(self, gather: Gather, now: float) -> None:
         """Asks those that have not been asked and are not down."""
-        budget = int((gather.pages_until - now) * 1000)
+        scan, budget = self._question(gather), int((gather.pages_until - now) * 1000)
         for node in sorted(n for n in gather.unasked if self._is_live(n)):
-            self.to_send.append((node, self._question(gather), gather.correlation, budget))
+            self.to_send.append((node, scan, gather.correlation, budget))
             gather.unasked.discard(node)
 
     def _question(self, gather: Gather) -> Scan:

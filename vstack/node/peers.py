@@ -60,8 +60,9 @@ class Peers:
         self.mesh = votes.mesh
         self.seeds = seeds
         self.links: dict[NodeId, Link] = {}
-        self._met: set[NodeId] = set()
         """The connection on which each node has said hello."""
+        self._met: set[NodeId] = set()
+        """Who has said hello since this node started, on a connection that may have ended."""
         self.gossip = Gossip(self.me, votes.boot, rng, now)
         self.founding = not self.mesh
         """There is no mesh yet: whoever was started with the same list is a founder."""

@@ -25,7 +25,6 @@ from vstack.mesh.dialer import NoAnswer, Refused
 from vstack.mesh.mesh_client import Change, Page
 from vstack.mesh.messages import Listing, Mismatch, Ok, Row
 from vstack.mesh.registers import (
-    INIT_INDEX,
     ChunkRecord,
     PieceKey,
     Place,
@@ -43,6 +42,7 @@ from vstack.mesh.registers import (
     uploads_prefix,
     video_key,
     views_prefix,
+    what,
 )
 from vstack.node.keeper.heat import is_hot, views_within
 from vstack.node.keeper.mender import Mended, Mender, Target, wanted_of
@@ -507,8 +507,7 @@ class Keeper:
 
 
 def _name(target: Target) -> str:
-    what = "the init segment" if target.index == INIT_INDEX else f"chunk {target.index}"
-    return f"{what} of video {target.video[:12]}"
+    return f"{what(target.index)} of video {target.video[:12]}"
 
 
 async def rest(
